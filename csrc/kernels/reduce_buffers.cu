@@ -102,7 +102,8 @@ Status reduce_buffers(const void* const* inputs, int count, void* out, std::size
       error = launch<__half>(addresses, count, out, n, cuda_stream);
       break;
     default:
-      return Status::Error(Code::kInvalidArgument, std::string("reduce_buffers: expected float32, bfloat16 or float16"));
+      return Status::Error(Code::kInvalidArgument,
+                           std::string("reduce_buffers: expected float32, bfloat16 or float16"));
   }
   if (error != cudaSuccess) {
     return Status::Error(Code::kCuda, std::string("reduce_buffers: ") + cudaGetErrorString(error));

@@ -1,4 +1,4 @@
-"""Errors of the communication layer: each names the group, the operation, its sequence number and the ranks concerned."""
+"""Errors of the communication layer: each names the group, the operation, its sequence number and the ranks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,43 @@
+"""Functional kernels: torch tensors in and out, no groups, no modules.
+
+Every op has ``<op>_reference`` beside it: plain PyTorch, the test oracle, the path that autograd records, and what runs
+where no faster path was measured.
+"""
+
+from tp_kernels.ops._explain import Path, explain
+from tp_kernels.ops.attention import (
+    attention,
+    attention_reference,
+    decode_attention,
+    decode_attention_reference,
+)
+from tp_kernels.ops.cpu_weights import advise_huge
+from tp_kernels.ops.linear import linear, linear_reference
+from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from tp_kernels.ops.qkv import qkv_rope_cache, qkv_rope_cache_reference
+from tp_kernels.ops.rope import apply_rope, apply_rope_reference
+from tp_kernels.ops.swiglu import silu_mul, silu_mul_reference, swiglu_linear, swiglu_linear_reference
+
+__all__ = [
+    "Path",
+    "add_rms_norm",
+    "add_rms_norm_reference",
+    "advise_huge",
+    "apply_rope",
+    "apply_rope_reference",
+    "attention",
+    "attention_reference",
+    "decode_attention",
+    "decode_attention_reference",
+    "explain",
+    "linear",
+    "linear_reference",
+    "qkv_rope_cache",
+    "qkv_rope_cache_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "silu_mul",
+    "silu_mul_reference",
+    "swiglu_linear",
+    "swiglu_linear_reference",
+]

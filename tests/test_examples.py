@@ -1,0 +1,37 @@
+"""The files in examples/ run, on one rank and on several, and say the same. Tier: CPU ranks."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tp_kernels.launch import launch
+from tp_kernels.testing.tiny_checkpoint import save_tiny_checkpoint
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def _losses(text):
+    return [float(number) for number in re.search(r"losses (.*)", text).group(1).split()]
+
+
+def test_import_layers_trains_the_same_on_one_and_on_three_ranks(capfd):
+    script = str(EXAMPLES / "import_layers.py")
+    runpy.run_path(script, run_name="__main__")
+    alone = capfd.readouterr().out
+    launch(3, [script])
+    out = capfd.readouterr().out
+    assert "ranks 1, transport local" in alone and "ranks 3, " in out
+    assert _losses(out) == pytest.approx(_losses(alone), abs=2e-5)
+    assert _losses(out)[0] > _losses(out)[-1]
+    assert "gate_proj.weight (157, 60)" in out and "gate_proj.weight (157, 60)" in alone
+
+
+def test_torchrun_generate(tmp_path, capfd):
+    model = save_tiny_checkpoint(tmp_path / "model")
+    capfd.readouterr()
+    launch(2, [str(EXAMPLES / "torchrun_generate.py"), str(model), "Hello"])
+    out, err = capfd.readouterr()
+    assert len([line for line in out.splitlines() if line.startswith("- ")]) == 2
+    assert "[2 ranks, " in err

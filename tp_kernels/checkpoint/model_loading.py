@@ -1,0 +1,73 @@
+"""``load_model``: from a path to a sharded model with its weights, in one collective call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tp_kernels.checkpoint.agreement import agree
+from tp_kernels.checkpoint.errors import CheckpointError
+from tp_kernels.checkpoint.loader import DistributedCheckpointLoader
+
+__all__ = ["load_model"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load_model(
+    path: str | os.PathLike,
+    *,
+    group: Any = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool | Callable[[int, int], None] = True,
+):
+    """Build the model that a checkpoint describes, sharded over the group, and load this rank's slices. Collective.
+
+    Args:
+        path: Hugging Face folder or GGUF file of a supported family.
+        group: anything ``resolve_group`` takes; None is the default group, or world size 1 without one.
+        dtype: of the weights; None takes what the checkpoint was saved in (float32 for a quantised GGUF file).
+        device: where the weights go.
+        progress: see ``DistributedCheckpointLoader``.
+    Returns:
+        A ``ParallelCausalLM`` in eval mode.
+    Raises:
+        CheckpointError: on every rank; there is no partial model.
+        ValueError: the model's family or a feature of it is not supported, or there are more ranks than query heads.
+    """
+    from tp_kernels.models import ModelConfig, ParallelCausalLM
+
+    with DistributedCheckpointLoader(path, group, progress=progress) as loader:
+        # Functions of what the ranks were seen to share: a ValueError here is the same on all of them.
+        described = loader.config()
+        layers, tensors = described.get("num_hidden_layers"), len(loader.tensor_names())
+        if isinstance(layers, int) and layers > tensors:  # before anything is made once per layer
+            raise CheckpointError(f"its config names {layers} layers, it has {tensors} tensors", file=loader.path)
+        try:
+            config = ModelConfig.from_hf(described)
+        except (TypeError, KeyError, AttributeError, ArithmeticError) as error:  # a value of the wrong type
+            raise CheckpointError(f"its config is malformed: {error}", file=loader.path) from error
+        if dtype is None:
+            name = config.checkpoint_dtype or "float32"
+            if name not in _DTYPES:
+                raise CheckpointError(f"its config names the dtype {name!r}; pass dtype=", file=loader.path)
+            dtype = _DTYPES[name]
+        model = ParallelCausalLM(config, group=loader.group, device="meta", dtype=dtype)
+        loader.check(model)
+        error = None
+        try:
+            model.to_empty(device=device)
+        except Exception as caught:  # out of memory may hit one rank alone
+            error = caught
+        agree(loader.group, error)
+        loader.load_into(model)
+    return model.eval()

@@ -1,0 +1,11 @@
+"""The sub-commands of ``tp-kernels``, one a module.
+
+Each has NAME, SUMMARY, DESCRIPTION, EXAMPLES, ``add_arguments(parser)`` and ``run(args)``. None of them imports torch
+at module level.
+"""
+
+from tp_kernels.commands import bench, demo, doctor_command, generate, launch_command
+
+__all__ = ["COMMANDS"]
+
+COMMANDS = (demo, generate, doctor_command, bench, launch_command)

@@ -1,0 +1,46 @@
+"""``tp-kernels bench``: the shipped microbenchmarks."""
+
+from __future__ import annotations
+
+import argparse
+
+from tp_kernels.commands.common import HelpFormatter
+
+__all__ = ["DESCRIPTION", "EXAMPLES", "NAME", "SUMMARY", "add_arguments", "run"]
+
+NAME = "bench"
+SUMMARY = "measure this machine"
+DESCRIPTION = "Microbenchmarks: competitors interleaved in one run, medians and quantiles, checked before timing."
+EXAMPLES = """\
+examples:
+  tp-kernels bench all-reduce
+  tp-kernels bench all-reduce --help
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benchmarks."""
+    from tp_kernels.testing import bench_all_reduce
+
+    benchmarks = parser.add_subparsers(title="benchmarks", dest="benchmark", metavar="BENCHMARK", required=True)
+    all_reduce = benchmarks.add_parser(
+        "all-reduce",
+        help="shared memory against Gloo, in nccl-tests' columns",
+        description="All-reduce over CPU ranks: shared memory against Gloo, in the columns that nccl-tests prints.",
+        epilog=_ALL_REDUCE_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    bench_all_reduce.add_arguments(all_reduce)
+    all_reduce.set_defaults(run=bench_all_reduce.run)
+
+
+_ALL_REDUCE_EXAMPLES = """\
+examples:
+  tp-kernels bench all-reduce --ranks 2
+  tp-kernels bench all-reduce --ranks 4 --csv all_reduce.csv --plot all_reduce.png
+"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Never called: argparse requires a benchmark, which sets its own ``run``."""
+    raise AssertionError("unreachable: a benchmark is required")

@@ -1,0 +1,102 @@
+"""``ParallelMLP``: the gated feed-forward block, ``down(act(gate(x)) * up(x))``, with one all-reduce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tp_kernels import ops
+from tp_kernels.layers.base import TensorParallelLayer
+from tp_kernels.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+
+__all__ = ["ParallelMLP"]
+
+# "silu" takes the fused kernel; the others are the plain gated forms.
+_GATES = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class ParallelMLP(TensorParallelLayer):
+    """Gated MLP (SwiGLU by default): gate and up projections fused and column-parallel, down projection row-parallel.
+
+    ``state_dict`` has the stock names ``gate_proj``, ``up_proj`` and ``down_proj``.
+
+    Args:
+        hidden_size: size of the input and output.
+        intermediate_size: full width; at least the number of ranks.
+        bias: a bias for all three projections.
+        activation: of the gate: "silu", "gelu" or "gelu_tanh".
+        overlap: see ``RowParallelLinear``.
+        group: TPGroup, process group or mesh; None is the default group, or one rank.
+        device: as in torch; ``"meta"`` allocates nothing.
+        dtype: of the parameters.
+
+    Shape:
+        [..., hidden_size] -> [..., hidden_size], whole and equal on every rank.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool = False,
+        activation: str = "silu",
+        overlap: str = "auto",
+        group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(group)
+        if activation not in _GATES:
+            raise ValueError(f"activation must be one of {', '.join(_GATES)}, got {activation!r}")
+        self.hidden_size, self.intermediate_size, self.activation = hidden_size, intermediate_size, activation
+        factory = {"group": self.group, "device": device, "dtype": dtype}
+        gate_up = MergedColumnParallelLinear(
+            hidden_size, [intermediate_size] * 2, bias, names=("gate_proj", "up_proj"), **factory
+        )
+        self._add_fused("gate_up_proj", gate_up)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, overlap=overlap, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the block to ``x`` [..., hidden_size]."""
+        gate_up = self.gate_up_proj
+        x = gate_up.parallel_input(x)
+        if self.activation == "silu":
+            hidden = ops.swiglu_linear(x, gate_up.weight, gate_up.bias)
+        else:
+            gate, up = ops.linear(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
+            hidden = _GATES[self.activation](gate) * up
+        return self.down_proj(hidden)
+
+    @classmethod
+    def from_linear(
+        cls, gate: nn.Linear, up: nn.Linear, down: nn.Linear, *, group: Any = None, **options: Any
+    ) -> ParallelMLP:
+        """Shard the three projections of an existing gated MLP; they are left alone.
+
+        Raises:
+            ValueError: the projections do not fit together, or only some have a bias.
+        """
+        if gate.out_features != up.out_features or down.in_features != up.out_features:
+            raise ValueError("gate and up must have as many outputs as down has inputs")
+        if len({layer.bias is None for layer in (gate, up, down)}) != 1:
+            raise ValueError("expected a bias in all three projections or in none")
+        mlp = cls(
+            gate.in_features,
+            gate.out_features,
+            bias=gate.bias is not None,
+            group=group,
+            device="meta",
+            dtype=gate.weight.dtype,
+            **options,
+        )
+        mlp.gate_up_proj._take_over([gate, up])
+        mlp.down_proj._take_over([down])
+        return mlp.train(down.training)

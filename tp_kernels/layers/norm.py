@@ -1,0 +1,54 @@
+"""``RMSNorm`` with Hugging Face Llama's rounding: fp32 statistics, cast back, then times the weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_kernels import ops
+
+__all__ = ["RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation of the last dimension, replicated on every rank.
+
+    Args:
+        hidden_size: size of the last dimension.
+        eps: added to the mean square.
+        device: as in torch.
+        dtype: of the weight.
+
+    Shape:
+        [..., hidden_size] -> the same; with ``residual``, a pair of them.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, *, device: Any = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        if not isinstance(hidden_size, int) or hidden_size < 1:
+            raise ValueError(f"hidden_size must be a positive int, got {hidden_size!r}")
+        self.hidden_size, self.eps = hidden_size, eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to one."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        """Normalise ``x``; with ``residual`` return ``(norm(x + residual), x + residual)`` from one pass."""
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"RMSNorm: expected an input of shape [..., {self.hidden_size}], got {list(x.shape)}")
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps)
+        if residual.shape != x.shape:
+            raise ValueError(f"RMSNorm: expected a residual of shape {list(x.shape)}, got {list(residual.shape)}")
+        if residual.dtype is not x.dtype:  # autocast: a bf16 matmul result meets an fp32 residual stream
+            summed = x + residual
+            return ops.rms_norm(summed, self.weight, self.eps), summed
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, eps={self.eps}"

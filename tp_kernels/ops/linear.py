@@ -1,0 +1,229 @@
+"""Linear projection with bias, activation and residual in one pass.
+
+    y = activation(x @ weight.T + bias) + residual
+
+Shapes: ``x`` [..., K], ``weight`` [N, K], ``bias`` [N], ``residual`` and the result [..., N]; one dtype.
+
+Native CPU path (few rows of x, no gradient): accumulates in fp32 and rounds once at the end. Each output is a dot
+product in a fixed order, so its bits depend on neither the threads, nor the other rows of ``x``, nor the other rows of
+``weight``: a column-sharded result equals the same columns of the unsharded one.
+
+Where it wins (2 cores of Zen 4, fp32, one row): it reads the weights at the speed of a plain read, PyTorch at 10-11
+GB/s with one thread or two; see ``benchmarks/bench_cpu_ops.py``. Rejected: eight rows of weights side by side without
+prefetching in memory order (12 of 26 GB/s); splitting K over threads (bits would depend on the number of threads).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tp_kernels._native import native
+from tp_kernels.ops._library import (
+    CPU_DTYPES,
+    define_op,
+    needs_grad,
+    new_like,
+    plain_cpu,
+    plain_reason,
+    watched,
+)
+
+__all__ = ["ACTIVATIONS", "linear", "linear_reference"]
+
+# Codes of csrc/cpu/kernels.h.
+_ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+ACTIVATIONS = tuple(name for name in _ACTIVATION_CODES if name is not None)
+
+# Most rows of x for which streaming the weights beats PyTorch's GEMM, by dtype code.
+MAX_NATIVE_ROWS = (8, 8, 8)
+
+_cpu_linear = native.cpu_linear
+_num_threads = torch.get_num_threads
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """Apply one of :data:`ACTIVATIONS`, or nothing for None."""
+    if activation is None:
+        return x
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return F.relu(x)
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Plain PyTorch ``linear``."""
+    out = activate(F.linear(x, weight, bias), activation)
+    return out if residual is None else out + residual
+
+
+def check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None, gated: bool = False
+) -> None:
+    """Raise ValueError for operands that do not fit together."""
+    if activation not in _ACTIVATION_CODES:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"expected x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"expected gate rows above as many up rows, got {weight.shape[0]} rows")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected a bias [{weight.shape[0]}], got {list(bias.shape)}")
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        raise ValueError(f"expected a residual {[*x.shape[:-1], weight.shape[0]]}, got {list(residual.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        # Autocast brings the operands to one dtype itself.
+        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name} is {tensor.dtype}, x is {x.dtype}")
+
+
+def native_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int | None, gated: bool
+) -> Tensor | None:
+    """The native kernel's result, or None if it does not take these operands; callers made sure of ``plain_cpu``.
+
+    Kept to bare comparisons: at 200 calls a token every microsecond here is one per cent of a small model's token.
+    """
+    dtype = x.dtype
+    code = CPU_DTYPES.get(dtype)
+    if code is None or weight.dtype is not dtype or activation is None or weight.dim() != 2:
+        return None
+    rows_w, k = weight.shape
+    if k == 0 or x.size(-1) != k or not weight.is_contiguous() or not weight.is_cpu:
+        return None
+    m = x.numel() // k
+    if m > MAX_NATIVE_ROWS[code]:
+        return None
+    n = rows_w
+    if gated:
+        if rows_w % 2:
+            return None
+        n = rows_w // 2
+    bias_at = residual_at = 0
+    if bias is not None:
+        if bias.dtype is not dtype or bias.numel() != rows_w or bias.dim() != 1 or not bias.is_contiguous():
+            return None
+        bias_at = bias.data_ptr()
+    out = new_like(x, n)
+    if residual is not None:
+        if residual.dtype is not dtype or residual.shape != out.shape or not residual.is_cpu:
+            return None
+        residual = residual.contiguous()
+        residual_at = residual.data_ptr()
+    x = x.contiguous()
+    _cpu_linear(
+        out.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias_at,
+        residual_at,
+        m,
+        n,
+        k,
+        k,
+        k,
+        n,
+        code,
+        activation,
+        gated,
+        _num_threads(),
+    )
+    return out
+
+
+def native_linear_reason(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, activation: str | None = None
+) -> str | None:
+    """Why ``linear`` or ``swiglu_linear`` would not take the native CPU path; None if it would."""
+    reason = plain_reason(x, weight, bias, residual)
+    if reason is not None:
+        return reason
+    if not weight.is_contiguous():
+        return "the weight is not contiguous"
+    if weight.shape[1] == 0:
+        return "there is nothing to sum over"
+    rows, most = x.numel() // weight.shape[1], MAX_NATIVE_ROWS[CPU_DTYPES[x.dtype]]
+    if rows > most:
+        return f"{rows} rows of x: above {most}, PyTorch's GEMM was measured to be faster"
+    if bias is not None and not bias.is_contiguous():
+        return "the bias is not contiguous"
+    return None
+
+
+def _linear_impl(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    if plain_cpu(x):
+        out = native_linear(x, weight, bias, residual, _ACTIVATION_CODES.get(activation), False)
+        if out is not None:
+            return out
+    check_linear(x, weight, bias, residual, activation)
+    return linear_reference(x, weight, bias, residual, activation)
+
+
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    check_linear(x, weight, bias, residual, activation)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_OP = define_op(
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, str? activation=None) -> Tensor",
+    _linear_impl,
+    _linear_fake,
+)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """``activation(x @ weight.T + bias) + residual``; differentiable.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N].
+        residual: [..., N], added after the activation.
+        activation: None, "silu", "gelu", "gelu_tanh" or "relu".
+
+    Returns:
+        [..., N] in ``x.dtype``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, an unknown activation.
+    """
+    if watched():
+        if not needs_grad(x, weight, bias, residual):
+            return _OP(x, weight, bias, residual, activation)
+    elif plain_cpu(x) and not needs_grad(x, weight, bias, residual):
+        out = native_linear(x, weight, bias, residual, _ACTIVATION_CODES.get(activation), False)
+        if out is not None:
+            return out
+    check_linear(x, weight, bias, residual, activation)
+    return linear_reference(x, weight, bias, residual, activation)
