@@ -33,7 +33,7 @@ _loaded: dict[str, Any] = {}
 def ours(group, path: str, dtype: str, threads: int, prompt: list[int], new_tokens: int) -> dict[str, Any]:
     """One greedy generation of this library; runs on every rank."""
     from tp_kernels.checkpoint import load_model
-    from tp_kernels.inference.generate import generate
+    from tp_kernels.inference.generation import generate
 
     torch.set_num_threads(threads)
     if "model" not in _loaded:

@@ -111,6 +111,8 @@ void bind_cpu(py::module_& m) {
   });
   m.def("cpu_advise_huge_pages",
         [](uintptr_t data, std::size_t bytes) { return tpk::cpu::advise_huge_pages(at(data), bytes); });
+  m.def("cpu_read_floats",
+        [](uintptr_t data, ptrdiff_t n, int threads) { return tpk::cpu::read_floats(at<float>(data), n, threads); });
   m.def("cpu_isa", &tpk::cpu::isa_name);
   m.def("cpu_pool_size", &tpk::cpu::pool_size);
 }
@@ -170,10 +172,10 @@ class ShmCommunicator {
     std::vector<int> ranks;
     for (int r = 0; r < world_size_; ++r)
       if (failure.ranks >> r & 1) ranks.push_back(r);
-    const py::object error = py::module_::import("tp_kernels.comm.errors")
-                                 .attr(type)(status.message, py::arg("group") = name_,
-                                             py::arg("operation") = failure.operation,
-                                             py::arg("sequence") = failure.sequence, py::arg("ranks") = ranks);
+    const py::object error =
+        py::module_::import("tp_kernels.comm.errors")
+            .attr(type)(status.message, py::arg("group") = name_, py::arg("operation") = failure.operation,
+                        py::arg("sequence") = failure.sequence, py::arg("ranks") = ranks);
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
     throw py::error_already_set();
   }
@@ -205,11 +207,8 @@ void bind_shm(py::module_& m) {
            [](ShmCommunicator& self, const std::string& directory, size_t one_shot_bytes, size_t chunk_bytes) {
              return self.native().create(directory, one_shot_bytes, chunk_bytes).message;
            })
-      .def("attach",
-           [](ShmCommunicator& self, std::int64_t pid, int fd, std::uint64_t device, std::uint64_t inode,
-              std::uint64_t bytes) {
-             return self.native().attach({pid, fd, device, inode, bytes}).message;
-           })
+      .def("attach", [](ShmCommunicator& self, std::int64_t pid, int fd, std::uint64_t device, std::uint64_t inode,
+                        std::uint64_t bytes) { return self.native().attach({pid, fd, device, inode, bytes}).message; })
       .def("descriptor",
            [](ShmCommunicator& self) {
              const tpk::shm::Descriptor& d = self.native().segment().descriptor();

@@ -162,7 +162,9 @@ def _start(*words, **options):
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_ranks_end_with_their_launcher(program, tmp_path, sent, status):
-    process = _start("launch", "--nproc", 2, program, "wait", tmp_path)
+    # A launcher killed by SIGKILL cannot remove its temporary folder: let it be where pytest will.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = _start("launch", "--nproc", 2, program, "wait", tmp_path, env=environment)
     try:
         pids = [record[0] for record in _records(tmp_path, "wait", 2)]
         process.send_signal(sent)

@@ -124,8 +124,17 @@ ALLOWED = {
 LEAVES = {"tp_kernels.checkpoint.sharding"}
 
 
+def _runtime_nodes(tree):
+    """All nodes but those under ``if TYPE_CHECKING``: a name in a signature is no dependency."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from _runtime_nodes(node)
+
+
 def _imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _runtime_nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "tp_kernels":
             if node.module == "tp_kernels":
                 yield from (f"tp_kernels.{alias.name}" for alias in node.names)

@@ -12,8 +12,9 @@
 namespace tpk::shm {
 namespace {
 
-constexpr std::int64_t kLookEvery = 50'000'000;       // ns between looks at peers, deadline and signals
-constexpr std::int64_t kMismatchGrace = 500'000'000;  // ns to wait for the calls of the remaining ranks, for the message
+constexpr std::int64_t kLookEvery = 50'000'000;  // ns between looks at peers, deadline and signals
+constexpr std::int64_t kMismatchGrace =
+    500'000'000;  // ns to wait for the calls of the remaining ranks, for the message
 
 std::string list_of(std::uint64_t ranks) {
   std::string text = "[";
@@ -83,8 +84,9 @@ bool Communicator::begin(const Call& call, double timeout, BlockingHooks& hooks)
     return fail(Code::kAborted, "group '" + name_ + "': " + name_of(call.operation) + " on a closed communicator", 0);
   if (fork_generation_ != forks())
     return fail(Code::kSystem,
-                "group '" + name_ + "': its communicator belongs to the parent process; a forked child cannot use it "
-                "and has to create a group of its own",
+                "group '" + name_ +
+                    "': its communicator belongs to the parent process; a forked child cannot use it "
+                    "and has to create a group of its own",
                 0);
   if (!broken_.empty())
     return fail(Code::kAborted, "group '" + name_ + "' is broken since an earlier error: " + broken_, failure_.ranks);
@@ -104,6 +106,7 @@ void Communicator::publish_header() {
   mine.what = call_.what();
   mine.count = call_.count;
   mine.sizes = call_.sizes;
+  progress(rank_).cpu.store(static_cast<std::uint32_t>(sched_getcpu()), std::memory_order_relaxed);
   publish(mine.sequence, sequence_, progress(rank_));
 }
 
@@ -126,7 +129,11 @@ bool Communicator::wait_all(std::atomic<std::uint64_t> Progress::* counter, std:
 
 bool Communicator::wait_slow(int peer, const std::atomic<std::uint64_t>& word, std::uint64_t target) {
   const auto arrived = [&] { return word.load(std::memory_order_acquire) >= target; };
-  if (policy_.hold > 0) {
+  // On a busy machine two ranks often share a processor: the other one cannot arrive while this one spins.
+  const auto in_the_way = [&] {
+    return progress(peer).cpu.load(std::memory_order_relaxed) == static_cast<std::uint32_t>(sched_getcpu());
+  };
+  if (policy_.hold > 0 && !in_the_way()) {
     // The usual case between ranks in step; not even the clock is read.
     for (int i = 0; i < 128; ++i) {
       cpu_pause();
@@ -141,9 +148,10 @@ bool Communicator::wait_slow(int peer, const std::atomic<std::uint64_t>& word, s
   }
   for (;;) {
     const std::int64_t waited = now - since;
-    if (waited >= policy_.hold) hooks_->about_to_block();
+    const bool spin = waited < policy_.spin && !in_the_way();
+    if (waited >= policy_.hold || !spin) hooks_->about_to_block();
     bool look = false;
-    if (waited < policy_.spin) {
+    if (spin) {
       for (int i = 0; i < 32; ++i) {
         cpu_pause();
         if (arrived()) return true;
@@ -187,8 +195,9 @@ bool Communicator::still_fine(int peer, const std::atomic<std::uint64_t>& word, 
     if ((closed || (ended & bit) != 0) && unfinished(r)) (closed ? left : dead) |= bit;
   }
   if (left != 0)
-    return abort(Cause::kLeft, ranks_text(left) + " left the group (closed its communicator) while others waited in " +
-                                   call_text(), left);
+    return abort(Cause::kLeft,
+                 ranks_text(left) + " left the group (closed its communicator) while others waited in " + call_text(),
+                 left);
   if (dead != 0) {
     std::string pids;
     for (int r = 0; r < world_size_; ++r)

@@ -1,4 +1,5 @@
-// Collectives of one group over shared memory. Called by all ranks in the same order, by one thread of a rank at a time.
+// Collectives of one group over shared memory. Called by all ranks in the same order, by one thread of a rank at a
+// time.
 //
 // Every call begins with the same rendezvous: each rank publishes what it calls, then reads what all others call, so a
 // difference is an error on every rank. Messages up to a threshold travel with it (one-shot); longer ones run through a
@@ -117,6 +118,10 @@ class Communicator {
   bool all_gather_chunked(const char* in, const std::vector<std::size_t>& counts);
   bool broadcast_chunked(char* data, std::size_t bytes);
   bool end_chunks(std::uint64_t steps);
+  void copy(void* dst, const void* src, std::size_t bytes, bool streaming) const;
+  bool stage_streaming() const;
+  static constexpr std::size_t kFarMinBytes = std::size_t{16} << 10;  // less says nothing about the rate
+  void note_moved(std::size_t bytes);
   void reduce(void* dst, const void* const* src, std::size_t bytes, bool streaming) const;
   void place_gathered(int rank, std::size_t begin, std::size_t bytes, const char* src) const;
 
@@ -150,6 +155,11 @@ class Communicator {
   BlockingHooks* hooks_ = nullptr;
   Status status_;
   Failure failure_;
+
+  // How fast staged data move between this rank and the others.
+  std::int64_t busy_ns_ = 0;
+  int slow_moves_ = 0;
+  int streamed_moves_ = 0;
 
   // Where all_gather puts the ranks' data.
   struct GatherPlan {

@@ -35,6 +35,7 @@ struct alignas(kLine) Progress {
   std::atomic<std::uint32_t> door;       // futex: changes when this rank moves on while others sleep
   std::atomic<std::uint32_t> sleepers;   // ranks asleep at the door
   std::atomic<std::uint32_t> left;       // 1 once this rank has closed the communicator
+  std::atomic<std::uint32_t> cpu;        // processor it ran on when it last began a call
 };
 
 enum class Cause : std::uint32_t { kNone = 0, kTimeout, kPeerDied, kMismatch, kLeft, kInterrupted, kClosed };
@@ -64,6 +65,9 @@ struct Control {
   std::uint64_t total_bytes;
   char directory[256];
   RankInfo ranks[kMaxRanks];
+  // far[r] is 1 while data move slowly between the caches of rank r and the others' (another socket or core complex):
+  // all of them then stage past the cache, through memory.
+  alignas(kLine) std::atomic<std::uint8_t> far[kMaxRanks];
   AbortRecord abort;
   CallHeader headers[2][kMaxRanks];
   Progress progress[kMaxRanks];

@@ -31,7 +31,6 @@ struct Float64 {
   static inline Acc load(Storage x) { return x; }
   static inline Storage store(Acc x) { return x; }
 };
-// Unsigned inside, so that an overflowing sum wraps instead of being undefined.
 struct Int32 {
   typedef int Storage;
   typedef int Acc;
@@ -93,6 +92,7 @@ struct Float16 {
 struct Sum {
   static inline float combine(float a, float b) { return a + b; }
   static inline double combine(double a, double b) { return a + b; }
+  // Unsigned inside: an overflowing sum wraps instead of being undefined.
   static inline int combine(int a, int b) { return static_cast<int>(static_cast<u32>(a) + static_cast<u32>(b)); }
   static inline long long combine(long long a, long long b) {
     return static_cast<long long>(static_cast<u64>(a) + static_cast<u64>(b));
@@ -151,8 +151,8 @@ static void reduce_range(typename D::Storage* dst, const typename D::Storage* co
   if (num_src == 4) {
     TPK_VECTORIZE
     for (size_t i = 0; i < n; ++i)
-      dst[i] = D::store(
-          Op::combine(Op::combine(Op::combine(D::load(a[i]), D::load(b[i])), D::load(c[i])), D::load(d[i])));
+      dst[i] =
+          D::store(Op::combine(Op::combine(Op::combine(D::load(a[i]), D::load(b[i])), D::load(c[i])), D::load(d[i])));
     return;
   }
   alignas(64) typename D::Acc acc[kBlock];
@@ -215,39 +215,35 @@ void reduce_range<Float16, Max>(u16* dst, const u16* const* src, int num_src, si
 }
 #endif
 
+#if TPK_LEVEL >= 3
+typedef __m512i VecI;
+static inline VecI load_vec(const void* p) { return _mm512_loadu_si512(p); }
+static inline void stream_vec(void* p, VecI v) { _mm512_stream_si512(static_cast<VecI*>(p), v); }
+#elif TPK_LEVEL >= 2
+typedef __m256i VecI;
+static inline VecI load_vec(const void* p) { return _mm256_loadu_si256(static_cast<const VecI*>(p)); }
+static inline void stream_vec(void* p, VecI v) { _mm256_stream_si256(static_cast<VecI*>(p), v); }
+#endif
+
 // Streaming stores need aligned addresses: the unaligned ends go through memcpy.
 static void copy_streaming(void* dst, const void* src, size_t bytes) {
 #if TPK_LEVEL >= 2
-#if TPK_LEVEL >= 3
-  typedef __m512i Vec;
-#define TPK_LOAD(p) _mm512_loadu_si512(p)
-#define TPK_STREAM(p, v) _mm512_stream_si512(p, v)
-#else
-  typedef __m256i Vec;
-#define TPK_LOAD(p) _mm256_loadu_si256(p)
-#define TPK_STREAM(p, v) _mm256_stream_si256(p, v)
-#endif
   char* d = static_cast<char*>(dst);
   const char* s = static_cast<const char*>(src);
-  size_t head = (64 - (reinterpret_cast<u64>(d) & 63)) & 63;
-  if (head > bytes) head = bytes;
-  __builtin_memcpy(d, s, head);
-  size_t i = head;
-  const size_t step = sizeof(Vec);
+  size_t i = (64 - (reinterpret_cast<u64>(d) & 63)) & 63;
+  if (i > bytes) i = bytes;
+  __builtin_memcpy(d, s, i);
+  const size_t step = sizeof(VecI);
   for (; i + 4 * step <= bytes; i += 4 * step) {
-    const Vec v0 = TPK_LOAD(reinterpret_cast<const Vec*>(s + i));
-    const Vec v1 = TPK_LOAD(reinterpret_cast<const Vec*>(s + i + step));
-    const Vec v2 = TPK_LOAD(reinterpret_cast<const Vec*>(s + i + 2 * step));
-    const Vec v3 = TPK_LOAD(reinterpret_cast<const Vec*>(s + i + 3 * step));
-    TPK_STREAM(reinterpret_cast<Vec*>(d + i), v0);
-    TPK_STREAM(reinterpret_cast<Vec*>(d + i + step), v1);
-    TPK_STREAM(reinterpret_cast<Vec*>(d + i + 2 * step), v2);
-    TPK_STREAM(reinterpret_cast<Vec*>(d + i + 3 * step), v3);
+    const VecI v0 = load_vec(s + i), v1 = load_vec(s + i + step);
+    const VecI v2 = load_vec(s + i + 2 * step), v3 = load_vec(s + i + 3 * step);
+    stream_vec(d + i, v0);
+    stream_vec(d + i + step, v1);
+    stream_vec(d + i + 2 * step, v2);
+    stream_vec(d + i + 3 * step, v3);
   }
   __builtin_memcpy(d + i, s + i, bytes - i);
-  _mm_sfence();
-#undef TPK_LOAD
-#undef TPK_STREAM
+  _mm_sfence();  // orders them before the flag that publishes the data
 #else
   __builtin_memcpy(dst, src, bytes);
 #endif
@@ -273,10 +269,14 @@ static void reduce_streaming(void* dst, const void* const* src, int num_src, siz
 }
 
 // In the order of the codes in common/dtype.h.
-#define TPK_TABLE(fn)                                                                          \
-  {{fn<Float32, Sum>, fn<Float32, Max>}, {fn<BFloat16, Sum>, fn<BFloat16, Max>},               \
-   {fn<Float16, Sum>, fn<Float16, Max>}, {fn<Float64, Sum>, fn<Float64, Max>},                 \
-   {fn<Int32, Sum>, fn<Int32, Max>},     {fn<Int64, Sum>, fn<Int64, Max>}}
+#define TPK_TABLE(fn)                                                                                                 \
+  {                                                                                                                   \
+    {fn<Float32, Sum>, fn<Float32, Max>}, {fn<BFloat16, Sum>, fn<BFloat16, Max>},                                     \
+        {fn<Float16, Sum>, fn<Float16, Max>}, {fn<Float64, Sum>, fn<Float64, Max>}, {fn<Int32, Sum>, fn<Int32, Max>}, \
+    {                                                                                                                 \
+      fn<Int64, Sum>, fn<Int64, Max>                                                                                  \
+    }                                                                                                                 \
+  }
 static const ReduceKernels kKernels = {TPK_ISA_NAME, TPK_TABLE(reduce), TPK_TABLE(reduce_streaming), copy_streaming};
 #undef TPK_TABLE
 

@@ -21,8 +21,8 @@ int open_unlinked(const std::string& directory) {
   timespec now;
   clock_gettime(CLOCK_REALTIME, &now);
   for (int attempt = 0; attempt < 100; ++attempt) {
-    const std::string path = directory + "/tp_kernels-" + std::to_string(getpid()) + "-" +
-                             std::to_string(now.tv_nsec) + "-" + std::to_string(attempt);
+    const std::string path = directory + "/tp_kernels-" + std::to_string(getpid()) + "-" + std::to_string(now.tv_nsec) +
+                             "-" + std::to_string(attempt);
     const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd >= 0) {
       unlink(path.c_str());
@@ -72,7 +72,8 @@ Status Segment::create(const std::string& directory, const Layout& layout) {
   }
   struct stat info;
   if (fstat(fd_, &info) != 0) return Status::Error(Code::kSystem, reason("fstat"));
-  descriptor_ = {getpid(), fd_, static_cast<std::uint64_t>(info.st_dev), static_cast<std::uint64_t>(info.st_ino), bytes};
+  descriptor_ = {getpid(), fd_, static_cast<std::uint64_t>(info.st_dev), static_cast<std::uint64_t>(info.st_ino),
+                 bytes};
   if (Status status = map(bytes); !status.ok()) return status;
   Control* control = new (base_) Control{};  // the file is zero already; this begins the lifetime of the atomics
   control->world_size = layout.world_size;

@@ -1,4 +1,5 @@
-// The shared memory of one group: an unnamed file in /dev/shm, so that nothing is left behind whenever a rank is killed.
+// The shared memory of one group: an unnamed file in /dev/shm, so that nothing is left behind whenever a rank is
+// killed.
 #pragma once
 
 #include <cstdint>

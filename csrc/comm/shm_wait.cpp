@@ -63,7 +63,7 @@ WaitPolicy WaitPolicy::choose(const RankInfo* ranks, int world_size) {
   } else {
     policy.hold = from_environment("TP_KERNELS_SHM_HOLD_US", 0);
     policy.spin = from_environment("TP_KERNELS_SHM_SPIN_US", 0);
-    policy.yield = from_environment("TP_KERNELS_SHM_YIELD_US", 0);
+    policy.yield = from_environment("TP_KERNELS_SHM_YIELD_US", 10);
   }
   return policy;
 }

@@ -24,7 +24,8 @@ struct WaitPolicy {
   std::int64_t spin = 0;   // spin
   std::int64_t yield = 0;  // sched_yield between looks; then the futex
 
-  // With more ranks than processors a spinning rank keeps the one it waits for from running.
+  // With more ranks than processors a spinning rank keeps the one it waits for from running. For experiments,
+  // TP_KERNELS_SHM_HOLD_US, _SPIN_US and _YIELD_US replace the three.
   static WaitPolicy choose(const RankInfo* ranks, int world_size);
 };
 

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <string>
 
@@ -284,6 +285,19 @@ std::size_t advise_huge_pages(void* data, std::size_t bytes) {
   (void)bytes;
   return 0;
 #endif
+}
+
+float read_floats(const float* data, std::ptrdiff_t n, int threads) {
+  if (data == nullptr || n <= 0) return 0.0f;
+  constexpr std::ptrdiff_t kChunk = (1 << 20) / sizeof(float);
+  std::atomic<float> sum{0.0f};
+  parallel_for(threads, (n + kChunk - 1) / kChunk, [&](std::ptrdiff_t chunk) {
+    const float part = kernels().read(data, chunk * kChunk, std::min(n, (chunk + 1) * kChunk));
+    float before = sum.load(std::memory_order_relaxed);
+    while (!sum.compare_exchange_weak(before, before + part, std::memory_order_relaxed)) {
+    }
+  });
+  return sum.load(std::memory_order_relaxed);
 }
 
 const char* isa_name() { return kernels().name; }

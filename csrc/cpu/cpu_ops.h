@@ -47,6 +47,9 @@ Status decode_attention(void* out, const void* q, std::ptrdiff_t q_batch, std::p
 // concerned.
 std::size_t advise_huge_pages(void* data, std::size_t bytes);
 
+// Reads n floats with the given threads and does nothing else worth mentioning; their sum, in no fixed order.
+float read_floats(const float* data, std::ptrdiff_t n, int threads);
+
 // "avx512", "avx2" or "baseline".
 const char* isa_name();
 

@@ -8,6 +8,17 @@ namespace tpk {
 namespace cpu {
 namespace TPK_ISA {
 
+static float read_floats(const float* data, ptrdiff_t begin, ptrdiff_t end) {
+  vf sums[8] = {};
+  ptrdiff_t i = begin;
+  for (; i + 8 * kLanes <= end; i += 8 * kLanes)
+    for (int j = 0; j < 8; ++j) sums[j] += load(data + i + j * kLanes);
+  for (int j = 1; j < 8; ++j) sums[0] += sums[j];
+  float sum = sum_lanes(sums[0]);
+  for (; i < end; ++i) sum += data[i];
+  return sum;
+}
+
 // 1 / sqrt(mean of squares + eps)
 template <class T>
 TPK_INLINE float inverse_rms(const T* x, ptrdiff_t width, float eps) {

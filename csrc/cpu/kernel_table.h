@@ -15,4 +15,5 @@
    TPK_FOR_DTYPES(silu_mul_rows), \
    TPK_FOR_DTYPES(qkv_tokens),    \
    TPK_FOR_DTYPES(attend),        \
-   TPK_FOR_DTYPES(combine)}
+   TPK_FOR_DTYPES(combine),       \
+   read_floats}

@@ -86,6 +86,8 @@ struct Kernels {
   // One (batch row, kv head, segment); then the segments of (batch row, query head) put together.
   void (*attend[3])(const AttentionArgs& args, ptrdiff_t row, ptrdiff_t kv_head, ptrdiff_t segment);
   void (*combine[3])(const AttentionArgs& args, ptrdiff_t row, ptrdiff_t head);
+  // Sum of the floats [begin, end): a plain read, the bound that streaming kernels are measured against.
+  float (*read)(const float* data, ptrdiff_t begin, ptrdiff_t end);
 };
 
 extern const Kernels kBaselineKernels;

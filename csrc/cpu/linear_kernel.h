@@ -21,12 +21,19 @@ constexpr int kAccumulators = 2;
 #endif
 constexpr int kTileRows = 16;  // rows of w between two epilogues
 constexpr int kTileCols = 8;   // rows of x in one pass
-constexpr int kMaxRows = 8;    // rows of w read side by side
 
-// Bytes between the end of the rows being read and what is fetched into L2 meanwhile. Fetching in the order of memory
-// is what keeps the stream at the speed of a plain read: rows side by side without it reach half of that (12 of 26 GB/s
-// on Zen 4), because the hardware follows too many short streams.
-constexpr ptrdiff_t kPrefetchBytes = 4096;
+// Rows of w that are read side by side for M rows of x. One or two rows of x need no more than one: a single stream in
+// memory order runs at the speed of a plain read and the hardware prefetches it (27 of 28 GB/s on Zen 4). With more
+// rows of x a second row of w halves the loads of x (M = 8: 17 against 8 GB/s); element types of half the size want
+// four.
+template <class T, int M>
+constexpr int rows_side_by_side() {
+  return M <= 2 ? 1 : (M == 4 && sizeof(T) == 2) ? 4 : 2;
+}
+
+// Rows side by side are several short streams, which the hardware does not follow (12 GB/s): they are fetched into L2
+// in the order of memory, this many bytes ahead.
+constexpr ptrdiff_t kPrefetchBytes = 8192;
 
 // part[m * kTileRows + r] = lane sums of R rows of w with M rows of x, not yet folded.
 template <class T, int M, int R>
@@ -40,7 +47,7 @@ TPK_INLINE void dot_rows(const T* w, ptrdiff_t ldw, const float* x, ptrdiff_t ld
     vf wv[R];
     for (int r = 0; r < R; ++r) {
       wv[r] = load(w + r * ldw + i);
-      __builtin_prefetch(ahead + (i * R + r * kLanes) * static_cast<ptrdiff_t>(sizeof(T)), 0, 2);
+      if (R > 1) __builtin_prefetch(ahead + (i * R + r * kLanes) * static_cast<ptrdiff_t>(sizeof(T)), 0, 2);
     }
     for (int m = 0; m < M; ++m) {
       const vf xv = load(x + m * ldx + i);
@@ -62,7 +69,8 @@ static __attribute__((noinline)) void dot_tile(const T* w, ptrdiff_t ldw, ptrdif
                                                ptrdiff_t k, vf* part) {
   constexpr int kCols = M < kAccumulators ? M : kAccumulators;
   constexpr int kFit = kAccumulators / kCols;
-  constexpr int kRows = kFit < kMaxRows ? kFit : kMaxRows;
+  constexpr int kWanted = rows_side_by_side<T, M>();
+  constexpr int kRows = kFit < kWanted ? kFit : kWanted;
   ptrdiff_t r = 0;
   for (; r + kRows <= rows; r += kRows)
     for (int m = 0; m < M; m += kCols)

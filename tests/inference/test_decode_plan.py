@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tp_kernels.inference.decode_plan import DecodePlan
-from tp_kernels.inference.generate import generate
+from tp_kernels.inference.generation import generate
 from tp_kernels.inference.kv_cache import KVCache
 from tp_kernels.models import ModelConfig, ParallelCausalLM
 from tp_kernels.testing.tiny_models import TINY_MODELS
@@ -38,17 +38,17 @@ def compare_with_modules(group):
                     cache.set_lengths([9, 2, 6])
                 plan = DecodePlan(model, caches[0])
                 for _ in range(4):
-                    tokens = torch.randint(0, config.vocab_size, (3,))
-                    planned = plan(tokens)
-                    expected = model.hidden_states(tokens.unsqueeze(1), cache=caches[1])[:, 0]
+                    tokens = torch.randint(0, config.vocab_size, (3, 1))
+                    planned = plan(tokens.flatten().tolist())
+                    expected = model.local_logits(model.hidden_states(tokens, cache=caches[1])[:, 0])
                     assert torch.equal(planned, expected), f"{name} {dtype}"
                     for cache in caches:
                         cache.advance(1)
 
 
-@pytest.mark.parametrize("world_size", (1, 2, 3))
-def test_a_plan_has_the_bits_of_the_modules(rank_pool, world_size):
-    rank_pool(world_size).run(compare_with_modules)
+@pytest.mark.parametrize("world_size, options", [(1, {}), (2, {}), (3, {}), (2, {"backend": "gloo"})])
+def test_a_plan_has_the_bits_of_the_modules(rank_pool, world_size, options):
+    rank_pool(world_size, **options).run(compare_with_modules)
 
 
 def test_generate_takes_the_plan_and_says_so():
@@ -101,4 +101,13 @@ def test_a_full_cache_is_an_error():
         model.hidden_states(torch.tensor([[1, 2, 3]]), cache=cache)
         cache.advance(3)
         with pytest.raises(ValueError, match="max_len"):
-            DecodePlan(model, cache)(torch.tensor([4]))
+            DecodePlan(model, cache)([4])
+
+
+def test_tokens_are_checked():
+    model = tiny()
+    with torch.inference_mode():
+        plan = DecodePlan(model, KVCache.for_model(model, 2, 3))
+        for tokens, message in (([1], "rows"), ([1, 50], "tokens in"), ([-1, 0], "tokens in")):
+            with pytest.raises(ValueError, match=message):
+                plan(tokens)

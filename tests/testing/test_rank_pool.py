@@ -121,7 +121,7 @@ def test_hang_is_ended_at_the_deadline():
     pool.close()
 
 
-def test_ranks_die_with_the_process_that_started_them():
+def test_ranks_die_with_the_process_that_started_them(tmp_path):
     code = (
         "import time\n"
         "from tp_kernels.testing.rank_pool import RankPool\n"
@@ -129,7 +129,8 @@ def test_ranks_die_with_the_process_that_started_them():
         "print(*pool.pids, flush=True)\n"
         "time.sleep(600)\n"
     )
-    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # what a killed owner cannot remove
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         pids = [int(word) for word in owner.stdout.readline().split()]
         assert len(pids) == 2 and all(os.path.exists(f"/proc/{pid}") for pid in pids)

@@ -175,7 +175,9 @@ class GGUFSource:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        return torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[info.type]))
+        # Damaged blocks may hold NaN or infinite scales: that is a matter of the weights, not of the arithmetic.
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[info.type]))
 
     def close(self) -> None:
         """Close the file; safe to call twice."""

@@ -6,8 +6,9 @@ Tensors are contiguous or not, of any length; results are plain tensors. Every w
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -112,6 +113,14 @@ class Communicator(abc.ABC):
     def all_reduce_async(self, x: torch.Tensor, op: str = "sum", *, out: torch.Tensor | None = None) -> Handle:
         """As ``all_reduce``, returning a ``Handle``. This default completes before it returns (CPU transports)."""
         return Handle(self.all_reduce(x, op, out=out))
+
+    def bind_all_reduce(self, x: torch.Tensor) -> Callable[[], object]:
+        """A call without arguments that sums ``x`` over the ranks in place, for buffers reduced again and again.
+
+        The caller keeps ``x`` alive and where it is. This default saves nothing; a transport may check and look up
+        beforehand what ``all_reduce`` checks in every call.
+        """
+        return partial(self.all_reduce, x, out=x)
 
     def close(self) -> None:  # noqa: B027  (not every transport holds something)
         """Release what the communicator holds; not a collective; safe to call twice."""

@@ -119,8 +119,7 @@ def _generate(request: GenerateRequest, group: Any, out: TextIO | None) -> dict[
     import torch
 
     from tp_kernels.checkpoint import load_model
-    from tp_kernels.inference.generate import generate
-    from tp_kernels.inference.tokenizer import load_tokenizer
+    from tp_kernels.inference import generate, load_tokenizer
 
     first = group.rank == 0
     tokenizer = load_tokenizer(request.model)

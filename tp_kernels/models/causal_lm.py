@@ -4,8 +4,8 @@
     logits = model(input_ids)                           # [B, S, vocab], whole and equal on every rank
 
 Parameters have Hugging Face's names and, gathered, its layout. Weights are split as the layers split them: attention by
-heads, the MLP by width, embedding and head by vocabulary; norms are replicated. A pass takes two all-reduces a layer, one
-for the embedding, and one all-gather for the logits that are asked for.
+heads, the MLP by width, embedding and head by vocabulary; norms are replicated. A pass takes two all-reduces a layer,
+one for the embedding, and one all-gather for the logits that are asked for.
 """
 
 from __future__ import annotations
@@ -170,33 +170,9 @@ class ParallelCausalLM(nn.Module):
             cache.check_room(input_ids.shape[0], input_ids.shape[1])
         return self.model(input_ids, positions, cache)
 
-    def greedy_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The most likely next tokens, equal on every rank, without gathering the logits. Collective; no gradients.
-
-        Each rank offers the best (logit, token) of its part of the vocabulary. All ranks then compute the same
-        function of the same bits, so no rank has to be believed. Among equal logits the lowest token wins, as in
-        ``torch.argmax``.
-
-        Args:
-            hidden: [rows, hidden], from ``hidden_states``.
-
-        Returns:
-            int64 [rows].
-
-        Raises:
-            ValueError: on every rank, when a row's logits hold NaN or its best is infinite.
-        """
-        head = self.lm_head
-        best, tokens = ops.linear(hidden, head.weight, head.bias).max(dim=-1)
-        if self.group.world_size > 1:
-            # float64 holds every logit and every token number exactly: one message instead of two.
-            offer = torch.stack((best.double(), (tokens + head.vocab_range.start).double()), dim=-1)
-            offers = self.group.all_gather(offer.unsqueeze(0))
-            best, rank = offers[..., 0].max(dim=0)
-            tokens = offers[..., 1].gather(0, rank.unsqueeze(0)).squeeze(0).long()
-        if not bool(torch.isfinite(best).all()):
-            raise ValueError("the logits hold NaN or infinities; no token can be chosen from them")
-        return tokens
+    def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the logits, ``lm_head.vocab_range``, of ``hidden`` [..., hidden]; no gradient for it."""
+        return ops.linear(hidden, self.lm_head.weight, self.lm_head.bias)
 
     def _apply(self, fn, recurse=True):
         # to_empty() and the like replace parameters one by one, and would part the head from the embedding.

@@ -10,6 +10,9 @@ from tp_kernels._native import native
 
 __all__ = ["advise_huge"]
 
+# Allocators put a header and page rounding between large neighbours; more than that may be somebody else's memory.
+_NEIGHBOUR_GAP = 16 << 10
+
 
 def advise_huge(*tensors: Tensor | Iterable[Tensor]) -> int:
     """Move CPU tensors' storage into transparent huge pages where the kernel allows it; values stay as they are.
@@ -23,14 +26,16 @@ def advise_huge(*tensors: Tensor | Iterable[Tensor]) -> int:
     Returns:
         Bytes that lie in whole huge pages and were advised; 0 where it is not supported.
     """
-    seen: set[int] = set()
-    total = 0
+    storages: dict[int, int] = {}
     for item in tensors:
         for tensor in (item,) if isinstance(item, Tensor) else item:
-            if not tensor.is_cpu or tensor.is_sparse:
-                continue
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() and storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                total += native.cpu_advise_huge_pages(storage.data_ptr(), storage.nbytes())
-    return total
+            if tensor.is_cpu and not tensor.is_sparse and tensor.untyped_storage().data_ptr():
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    # Neighbours are advised as one: a huge page that two of them share would otherwise belong to neither.
+    runs: list[list[int]] = []
+    for begin, size in sorted(storages.items()):
+        if runs and begin - runs[-1][1] <= _NEIGHBOUR_GAP:
+            runs[-1][1] = max(runs[-1][1], begin + size)
+        else:
+            runs.append([begin, begin + size])
+    return sum(native.cpu_advise_huge_pages(begin, end - begin) for begin, end in runs)

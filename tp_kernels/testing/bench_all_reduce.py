@@ -10,7 +10,8 @@ times the competitors in turns:
   rank's output once, the same bytes, so ``%memcpy`` is how near the time is to what memory allows (in-cache sizes
   included: there it is the cache's bandwidth, and latency dominates).
 
-``time`` is the median over the rounds of the slowest rank's median call; algbw = size / time, busbw = algbw * 2 (n-1) / n.
+``time`` is the median over the rounds of the slowest rank's median call; algbw = size / time; busbw = algbw * 2 (n-1)
+/ n.
 """
 
 from __future__ import annotations
@@ -202,7 +203,8 @@ def _print_head(args) -> None:
     machine = machine_record()
     print(f"# {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date']}")
     print(
-        f"# {args.ranks} ranks, {args.threads} threads each, {args.iters} rounds; time: median over rounds of the slowest rank"
+        f"# {args.ranks} ranks, {args.threads} threads each, {args.iters} rounds; "
+        "time: median over rounds of the slowest rank"
     )
     print("# bytes that must move: 2 x size x ranks (read every input, write every output); memcpy moves the same")
     group = f"{'time':>9} {'algbw':>7} {'busbw':>7} {'#wrong':>6}"

@@ -4,9 +4,8 @@ The prompts of a batch may differ in length: they are padded on the right, each 
 and what the padding wrote there is overwritten by the row's own tokens. A row that ends leaves the batch, so the others
 stop paying for it.
 
-How the ranks agree: a greedy token comes out of an all-gather of each rank's best (logit, token), from which all ranks
-compute the same function of the same bits; a sampled one is drawn by rank 0 and broadcast. The arguments are compared
-across ranks before anything runs: ranks with different prompts would otherwise wait for each other's tensors.
+The arguments are compared across ranks before anything runs: ranks with different prompts would otherwise wait for each
+other's tensors. How they agree on the tokens is ``TokenChooser``'s business.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tp_kernels.inference.choice import TokenChooser
 from tp_kernels.inference.decode_plan import DecodePlan
 from tp_kernels.inference.kv_cache import KVCache
-from tp_kernels.inference.sampling import RowSampler, SamplingParams, check_logits
+from tp_kernels.inference.sampling import SamplingParams
 from tp_kernels.models.causal_lm import ParallelCausalLM
 
 __all__ = ["GenerationResult", "generate"]
@@ -107,24 +107,23 @@ def generate(
     limits = [min(max_new_tokens, last_position - length + 1) for length in lengths]
     capacity = max(length + limit - 1 for length, limit in zip(lengths, limits, strict=True))
     cache = KVCache.for_model(model, len(rows), max(capacity, *lengths))
-    choose = _Chooser(model, params, len(rows))
+    choose = TokenChooser(model.group, model.lm_head, params, len(rows))
 
     output: list[list[int]] = [[] for _ in rows]
     reasons = ["length"] * len(rows)
     active = list(range(len(rows)))
     tokens = choose(_prefill(model, rows, cache, prefill_chunk), active)
     times: list[float] = []
-    step: Callable[[torch.Tensor], torch.Tensor] | None = None
+    step: Callable[[list[int]], torch.Tensor] | None = None
     decode_path = ""
     decoded = -len(rows)  # the first token of each row comes from the prefill
     while True:
-        new = tokens.tolist()
         now = time.perf_counter()
         times.append((now - started) * 1e3)
         started = now
-        decoded += len(new)
+        decoded += len(tokens)
         kept: list[int] = []
-        for position, (row, token) in enumerate(zip(active, new, strict=True)):
+        for position, (row, token) in enumerate(zip(active, tokens, strict=True)):
             output[row].append(token)
             if on_token is not None:
                 on_token(row, token)
@@ -137,13 +136,13 @@ def generate(
         if len(kept) < len(active):
             cache.keep_rows(kept)
             active = [active[position] for position in kept]
-            tokens = tokens[kept]
+            tokens = [tokens[position] for position in kept]
             step = None
         if step is None:
             step, decode_path = _decode_step(model, cache)
-        hidden = step(tokens)
+        logits = step(tokens)
         cache.advance(1)
-        tokens = choose(hidden, active)
+        tokens = choose(logits, active)
     prefill_ms, *step_ms = times
     seconds = sum(step_ms) / 1e3
     return GenerationResult(
@@ -159,39 +158,21 @@ def generate(
     )
 
 
-def _decode_step(model: ParallelCausalLM, cache: KVCache) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
-    """What turns tokens [B] into last hidden states [B, hidden], and its name."""
+def _decode_step(model: ParallelCausalLM, cache: KVCache) -> tuple[Callable[[list[int]], torch.Tensor], str]:
+    """What turns one token a row into this rank's logits of the next ones, and its name."""
     reason = DecodePlan.why_not(model, cache.batch)
     if reason is None:
         return DecodePlan(model, cache), "plan"
-    return lambda tokens: model.hidden_states(tokens.unsqueeze(1), cache=cache)[:, 0], f"modules: {reason}"
 
+    def through_modules(tokens: list[int]) -> torch.Tensor:
+        ids = torch.tensor(tokens, dtype=torch.int64, device=cache.lengths.device).unsqueeze(1)
+        return model.local_logits(model.hidden_states(ids, cache=cache)[:, 0])
 
-class _Chooser:
-    """Turns last hidden states into the next tokens, the same on every rank."""
-
-    def __init__(self, model: ParallelCausalLM, params: SamplingParams, rows: int):
-        self._model = model
-        self._group = model.group
-        self._sampler = None if params.greedy else RowSampler(params, rows)
-
-    def __call__(self, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        if self._sampler is None:
-            return self._model.greedy_tokens(hidden)
-        logits = self._model.lm_head(hidden)
-        # Every rank checks: if only rank 0 could fail, the others would wait for its broadcast until the deadline.
-        check_logits(logits)
-        if self._group.world_size == 1:
-            return self._sampler(logits, rows).to(hidden.device)
-        if self._group.rank == 0:
-            chosen = self._sampler(logits, rows).to(hidden.device)
-        else:
-            chosen = torch.empty(len(rows), dtype=torch.int64, device=hidden.device)
-        return self._group.communicator.broadcast(chosen, 0)
+    return through_modules, f"modules: {reason}"
 
 
 def _prefill(model: ParallelCausalLM, rows: list[list[int]], cache: KVCache, chunk: int | None) -> torch.Tensor:
-    """Run the prompts through the model; returns the hidden state of each row's last token, [rows, hidden]."""
+    """Run the prompts through the model; returns this rank's logits of each row's next token, [rows, local words]."""
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     device = cache.lengths.device
@@ -207,7 +188,7 @@ def _prefill(model: ParallelCausalLM, rows: list[list[int]], cache: KVCache, chu
             if start < length <= start + step:
                 last[row] = hidden[row, length - 1 - start]
     cache.set_lengths(lengths)
-    return torch.stack(last)
+    return model.local_logits(torch.stack(last))
 
 
 def _ids(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
