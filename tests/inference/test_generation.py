@@ -186,6 +186,8 @@ def test_nan_logits_end_all_ranks(rank_pool):
         ([[-1]], {}, "vocabulary"),
         ([1, 2], {}, "list of lists"),
         (["text"], {}, "list of lists"),
+        ([[1.5]], {}, "list of lists"),
+        ([[1]], {"stop_ids": 2}, "stop_ids"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
         ([[1]], {"temperature": -1.0}, "temperature"),
         ([[1]], {"temperature": 1.0, "top_p": 0.0}, "top_p"),

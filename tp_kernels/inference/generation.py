@@ -11,6 +11,7 @@ other's tensors. How they agree on the tokens is ``TokenChooser``'s business.
 from __future__ import annotations
 
 import hashlib
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -86,14 +87,15 @@ def generate(
     Raises:
         ValueError: no prompt, an empty prompt, a token outside the vocabulary, a prompt longer than the model's
             ``max_position_embeddings``, bad sampling parameters, or ranks that were given different arguments.
-        CommunicationError: another rank ended or did not answer in time.
+        CommError: another rank ended or did not answer in time.
 
     A KeyboardInterrupt, or an exception from ``on_token``, passes through; the cache is freed with the call. The ranks'
     collectives are then out of step: with several ranks, end the group.
     """
     started = time.perf_counter()
-    stops = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
-    rows = _ids(prompts)
+    rows = _ids(prompts, "prompts must be a list of lists of token ids, one list a row")
+    stops = model.config.eos_token_ids if stop_ids is None else stop_ids
+    stops = frozenset(_ids([stops], "stop_ids must be a list of token ids")[0])
     _check_ranks_agree(
         model.group,
         (rows, max_new_tokens, temperature, top_k, top_p, seed, sorted(stops), prefill_chunk),
@@ -191,11 +193,12 @@ def _prefill(model: ParallelCausalLM, rows: list[list[int]], cache: KVCache, chu
     return model.local_logits(torch.stack(last))
 
 
-def _ids(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def _ids(rows: Sequence[Sequence[int]], expected: str) -> list[list[int]]:
+    """The rows as plain ints (numpy's and 0-d tensors too); ValueError with the text ``expected``."""
     try:
-        return [[int(token) for token in prompt] for prompt in prompts]
-    except (TypeError, ValueError):
-        raise ValueError("prompts must be a list of lists of token ids, one list a row") from None
+        return [[operator.index(token) for token in row] for row in rows]
+    except TypeError:
+        raise ValueError(expected) from None
 
 
 def _check(model: ParallelCausalLM, rows: list[list[int]], max_new_tokens: int, prefill_chunk: int | None) -> None:
