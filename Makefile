@@ -57,8 +57,10 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_all_reduce.py --csv $(BENCH_OUT)/all_reduce.csv --plot $(BENCH_OUT)/all_reduce.png
+	$(BIN)/python benchmarks/bench_all_reduce.py --ranks 4 --csv $(BENCH_OUT)/all_reduce_4_ranks.csv
 	$(BIN)/python benchmarks/bench_cpu_ops.py --csv $(BENCH_OUT)/cpu_ops.csv
 	$(BIN)/python benchmarks/bench_generate.py --csv $(BENCH_OUT)/generate.csv
+	$(BIN)/python benchmarks/readme_table.py
 
 # No venv here: such machines come with their own torch, and the package is built against nothing of it.
 gpu:

@@ -30,8 +30,8 @@ def parts(out: Path) -> dict[str, list[list[str]]]:
     return {
         # Without build isolation and dependencies: such machines often have no network, and their torch stays.
         "build": [[python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]],
-        "doctor": [[python, "-m", "tp_kernels.cli", "doctor"]],
-        "tests": [[*pytest, "-m", "gpu", "tests"]],
+        "doctor": [[python, "-m", "tp_kernels", "doctor"]],
+        "tests": [[*pytest, "-m", "gpu", "tests/kernels", "tests/comm"]],
         "sanitizer": [
             [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest, "-m", "sanitize", "tests/kernels"]
             for tool in ("memcheck", "racecheck", "initcheck")

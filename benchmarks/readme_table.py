@@ -1,0 +1,124 @@
+"""Writes the README's table of measured figures from the CSV files under ``benchmarks/results``.
+
+python benchmarks/readme_table.py            # rewrite README.md between its markers
+python benchmarks/readme_table.py --check    # exit status 1 if the README is not what the files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file, none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def all_reduce_lines(rows: list[dict[str, str]]) -> list[str]:
+    """One line for each size worth naming: small, medium, large."""
+    named = {4096: "4 KB", 2 << 20: "2 MB", 32 << 20: "32 MB"}
+    lines = []
+    for row in rows:
+        size = int(row["size"])
+        if row["backend"] != "shm" or size not in named:
+            continue
+        gloo = next(r for r in rows if r["backend"] == "gloo" and r["size"] == row["size"])
+        ours, theirs = float(row["time_us_in_place"]), float(gloo["time_us_in_place"])
+        outside = float(gloo["time_us"]) / float(row["time_us"])
+        memory = (
+            f", {float(row['percent_of_memcpy']):.0f}% of memcpy" if size >= 1 << 20 and row["ranks"] == "2" else ""
+        )
+        time = f"{ours:.1f}" if ours < 100 else f"{ours:.0f}"
+        lines.append(
+            f"| all-reduce, {named[size]} {row['dtype']}, {row['ranks']} ranks | {time} us | "
+            f"Gloo {theirs:.0f} us | {theirs / ours:.0f}x in place, {outside:.0f}x out of place{memory} |"
+        )
+    return lines
+
+
+def generate_lines(rows: list[dict[str, str]]) -> list[str]:
+    """Decode of the demo model against transformers with the same number of threads, and the gain of a second rank."""
+    theirs = {row["threads_total"]: row for row in rows if row["path"] == "modules"}
+    ours = [row for row in rows if row["path"] != "modules"]
+    lines = []
+    for row in ours:
+        other = theirs[row["threads_total"]]
+        model = row["model"].split(".")[0]
+        each = int(row["threads_total"]) // int(row["tp"])
+        lines.append(
+            f"| decode, {model} {row['dtype']}, tp={row['tp']}, {each} thread{'s' if each > 1 else ''} a rank | "
+            f"{float(row['decode_ms']):.1f} ms/token | transformers {float(other['decode_ms']):.1f} ms | "
+            f"{float(row['speedup_over_transformers']):.1f}x, {float(row['percent_of_read']):.0f}% of a plain read |"
+        )
+    by_key = {(row["tp"], row["threads_total"]): row for row in ours}
+    if ("1", "1") in by_key and ("2", "2") in by_key:
+        one, two = by_key["1", "1"], by_key["2", "2"]
+        gain = float(one["decode_ms"]) / float(two["decode_ms"])
+        memory = float(two["read_gb_per_s"]) / float(one["read_gb_per_s"])
+        lines.append(
+            f"| tp=2 over tp=1, one thread a rank | {gain:.2f}x | a plain read by 2 cores over 1: {memory:.2f}x | "
+            "decode reads every weight once a token, so memory bounds it |"
+        )
+    return lines
+
+
+def op_lines(rows: list[dict[str, str]]) -> list[str]:
+    """Batch-1 ops on one thread against PyTorch."""
+    wanted = {"gate_up 3072x576": "SwiGLU up-projection 576 -> 2 x 1536", "head 49152x576": "output head 576 -> 49152"}
+    return [
+        f"| {wanted[row['op']]}, {row['dtype']}, 1 row, 1 thread | {float(row['ours_gbs']):.0f} GB/s | "
+        f"torch {float(row['torch_gbs']):.0f} GB/s | {float(row['times_torch']):.1f}x |"
+        for row in rows
+        if row["op"] in wanted and row["rows"] == "1" and row["threads"] == "1" and row["huge_pages"] == "1"
+    ]
+
+
+def table(folder: Path) -> list[str]:
+    """The Markdown table of one machine."""
+    reduce_rows = [row for path in sorted(folder.glob("all_reduce*.csv")) for row in read(path)]
+    generate_rows, op_rows = read(folder / "generate.csv"), read(folder / "cpu_ops.csv")
+    first = next(iter(reduce_rows or generate_rows or op_rows), None)
+    if first is None:
+        return []
+    where = f"{first['gpu'] or first['cpu']}, {first['cores']} cores, torch {first['torch']}, {first['date']}"
+    return [
+        f"Measured on {where}; medians, competitors interleaved in one run, results compared first "
+        f"([files](benchmarks/results/{folder.name})):",
+        "",
+        "| | tp_kernels | peer in the same run | ratio |",
+        "|---|---|---|---|",
+        *all_reduce_lines([row for row in reduce_rows if row["ranks"] == "2"]),
+        *all_reduce_lines([row for row in reduce_rows if row["ranks"] != "2" and row["size"] == "4096"]),
+        *generate_lines(generate_rows),
+        *op_lines(op_rows),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    args = parser.parse_args()
+    blocks = ["\n".join(lines) for folder in sorted(RESULTS.iterdir()) if folder.is_dir() and (lines := table(folder))]
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    wanted = "\n\n".join([before + BEGIN, *blocks, END + after])
+    if args.check:
+        return 0 if wanted == text else 1
+    readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
