@@ -132,8 +132,10 @@ class GilHooks final : public tpk::shm::BlockingHooks {
   }
   // The thread holds the GIL again; true if a signal handler raised.
   bool restore() {
-    if (saved_ != nullptr) PyEval_RestoreThread(saved_);
+    // Cleared first: at interpreter exit the call ends a daemon thread, whose unwinding comes here again.
+    PyThreadState* saved = saved_;
     saved_ = nullptr;
+    if (saved != nullptr) PyEval_RestoreThread(saved);
     return raised_;
   }
 

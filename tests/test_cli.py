@@ -125,6 +125,20 @@ def test_a_broken_checkpoint_is_a_failure_and_verbose_shows_the_traceback(capfd,
     assert "Traceback" in run(capfd, *words)[2]
 
 
+@pytest.mark.parametrize(("name", "message"), [("pytorch_model.bin", "pickle"), ("notes.txt", "model.safetensors")])
+def test_a_folder_without_weights_says_so_on_one_rank_too(capfd, tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"x")
+    status, out, err = run(capfd, "generate", "--model", tmp_path, "--prompt", "p")
+    assert (status, out) == (1, "") and message in err and "tokenizer" not in err
+
+
+def test_a_world_size_that_is_no_number_is_named(capfd, tiny, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    status, _, err = run(capfd, "generate", "--model", tiny, "--prompt", "p")
+    assert status == 2 and "WORLD_SIZE must be a positive integer, got 'two'" in err
+
+
 def test_tp_must_match_torchruns_world(capfd, tiny, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import tp_kernels
 from tp_kernels.launch import LaunchError, RankFailure, default_threads, launch, rank_failures
 from tp_kernels.testing.tiny_checkpoint import save_tiny_checkpoint
 
@@ -92,6 +93,20 @@ def test_arguments_and_environment_arrive_as_given(program, tmp_path):
     for _, threads, words in _records(tmp_path, "fine", 2):
         assert threads == "3" and words == odd
     assert signal.getsignal(signal.SIGINT) is handler and dict(os.environ) == environment
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_checkout_in_the_working_directory_does_not_hide_the_package(tmp_path, monkeypatch, as_module):
+    (tmp_path / "tp_kernels").mkdir()
+    (tmp_path / "tp_kernels" / "__init__.py").write_text("raise ImportError('a checkout that was not built')")
+    (tmp_path / "beside.py").write_text("value = 7")
+    script = (
+        "import beside, pathlib, tp_kernels\npathlib.Path('found').write_text(f'{beside.value} {tp_kernels.__file__}')"
+    )
+    (tmp_path / "own_program.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    launch(1, ["-m", "own_program"] if as_module else ["own_program.py"], threads=1)
+    assert (tmp_path / "found").read_text() == f"7 {tp_kernels.__file__}"
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_import_without_a_build_says_what_to_do(tmp_path):
     )
     assert run.returncode != 0
     assert "ImportError" in run.stderr and "pip install -e ." in run.stderr
+    assert "circular import" not in run.stderr
 
 
 def _configure(tmp_path, **environment):

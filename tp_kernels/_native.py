@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 try:
-    from tp_kernels import _C as native
+    # Not `from tp_kernels import _C`: without a build that text speaks of a circular import.
+    native = importlib.import_module("tp_kernels._C")
 except ImportError as error:
     raise ImportError(
         "tp_kernels has no native core here (tp_kernels._C could not be imported: "

@@ -24,6 +24,17 @@ __all__ = ["LaunchError", "RankFailure", "default_threads", "launch", "usable_co
 
 _HANDLED_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
+# Ranks must run the launcher's own tp_kernels. `-m` would look in the working directory first, and there a checkout
+# without a build, or another version, hides the installed package.
+_PACKAGE_HOME = Path(__file__).resolve().parent.parent
+_BOOTSTRAP = """\
+import sys
+if sys.path[:1] == [""]: del sys.path[0]
+sys.path.insert(0, {0!r})
+from tp_kernels.launch_worker import main
+main()
+"""
+
 
 def usable_cores() -> int:
     """Cores this process may run on (its affinity mask, not the machine's count)."""
@@ -148,7 +159,7 @@ def _run_elastic(nproc: int, program: Sequence[str], folder: Path) -> None:
     known = {field.name for field in fields(LaunchConfig)}  # what this torch does not know is left out
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
     # Elastic substitutes ${local_rank} in arguments; a program's own dollar signs must survive that.
-    command = ["-m", "tp_kernels.launch_worker", *(word.replace("$", "$$") for word in program)]
+    command = [word.replace("$", "$$") for word in ("-c", _BOOTSTRAP.format(str(_PACKAGE_HOME)), *program)]
     try:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:

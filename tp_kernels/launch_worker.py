@@ -1,4 +1,4 @@
-"""What ``tp_kernels.launch`` starts as each rank: ``python -m tp_kernels.launch_worker (-m module | script) args...``.
+"""What ``tp_kernels.launch`` starts as each rank, with ``(-m module | script) args...`` in ``sys.argv[1:]``.
 
 It ties the rank's life to the launcher's, runs the program, and leaves an error as a file instead of printing it: the
 launcher prints the one that matters, once. Only the standard library is imported before the program starts.
@@ -63,6 +63,10 @@ def main() -> None:
     """Run the program named in ``sys.argv[1:]`` as ``__main__``; exit status 1 if it raised."""
     bind_to_launcher(int(os.environ[LAUNCHER_PID]))
     program = sys.argv[1:]
+    # The launcher put the folder of this package first, to start from here; a program's own modules come before it.
+    home = sys.path.pop(0)
+    if home not in sys.path:
+        sys.path.append(home)
     try:
         if program[0] == "-m":
             sys.argv = program[1:]
@@ -78,7 +82,3 @@ def main() -> None:
         sys.stderr.flush()
         # Not sys.exit: destructors of a broken process group may wait for ranks that are already gone.
         os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -51,9 +51,13 @@ bool overlap(const void* a, std::size_t a_bytes, const void* b, std::size_t b_by
 // Refuses a second thread: the order of calls would be undefined.
 class Communicator::Running {
  public:
-  explicit Running(Communicator& owner) : owner_(owner), first_(!owner.busy_.exchange(true)) {}
+  explicit Running(Communicator& owner) : owner_(owner), first_(!owner.busy_.exchange(true)) {
+    if (first_) owner_.caller_.store(this_thread(), std::memory_order_relaxed);
+  }
   ~Running() {
-    if (first_) owner_.busy_.store(false, std::memory_order_release);
+    if (!first_) return;
+    owner_.caller_.store(nullptr, std::memory_order_relaxed);
+    owner_.busy_.store(false, std::memory_order_release);
   }
   explicit operator bool() const { return first_; }
   Status refuse() const {

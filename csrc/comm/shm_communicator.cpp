@@ -20,6 +20,11 @@ std::atomic<std::uint64_t> fork_count{0};
 
 }  // namespace
 
+const void* this_thread() {
+  static thread_local const char here = 0;
+  return &here;
+}
+
 std::uint64_t forks() { return fork_count.load(std::memory_order_relaxed); }
 
 Communicator::Communicator(int rank, int world_size, std::string name)
@@ -64,6 +69,7 @@ void Communicator::activate() {
   peers_.open(control_->ranks, world_size_, rank_);
   policy_ = WaitPolicy::choose(control_->ranks, world_size_);
   one_shot_limit_ = world_size_ == 1 ? ~std::size_t{0} : layout_.one_shot_bytes;
+  active_ = true;
   closed_.store(false);
 }
 
@@ -74,23 +80,29 @@ void Communicator::close(BlockingHooks& hooks) {
     segment_.unmap();
     return;
   }
-  if (!closed_.exchange(true)) {
-    Progress& mine = progress(rank_);
-    if (busy_.load()) {
-      AbortRecord& record = control_->abort;
-      std::uint32_t none = 0;
-      if (record.state.compare_exchange_strong(none, 1, std::memory_order_acq_rel)) {
-        record.cause = Cause::kClosed;
-        record.reporter = rank_;
-        record.culprits = std::uint64_t{1} << rank_;
-        std::strncpy(record.text, "the communicator was closed by another thread during a call",
-                     sizeof(record.text) - 1);
-        record.state.store(2, std::memory_order_seq_cst);
-      }
-      for (int r = 0; r < world_size_; ++r) wake_sleepers(progress(r));
-      hooks.about_to_block();
-      while (busy_.load()) usleep(100);
+  const bool first = !closed_.exchange(true);
+  if (first && busy_.load()) {
+    AbortRecord& record = control_->abort;
+    std::uint32_t none = 0;
+    if (record.state.compare_exchange_strong(none, 1, std::memory_order_acq_rel)) {
+      record.cause = Cause::kClosed;
+      record.reporter = rank_;
+      record.culprits = std::uint64_t{1} << rank_;
+      std::strncpy(record.text, "the communicator was closed during a call, by a signal handler or another thread",
+                   sizeof(record.text) - 1);
+      record.state.store(2, std::memory_order_seq_cst);
     }
+    for (int r = 0; r < world_size_; ++r) wake_sleepers(progress(r));
+  }
+  // Called by a signal handler out of a call of this very thread: that call ends with an error once the handler is
+  // done, and the destructor does the rest.
+  if (busy_.load() && caller_.load() == this_thread()) return;
+  hooks.about_to_block();  // before the lock: whoever holds it may be waiting for a call that needs the GIL
+  const std::lock_guard<std::mutex> lock(closing_);
+  if (!segment_.mapped()) return;
+  while (busy_.load()) usleep(100);
+  if (active_) {
+    Progress& mine = progress(rank_);
     mine.left.store(1, std::memory_order_seq_cst);
     wake_sleepers(mine);
   }

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,9 @@ namespace tpk::shm {
 
 enum class Operation : int { kNone = 0, kAllReduce, kReduceScatter, kAllGather, kBroadcast, kBarrier };
 const char* name_of(Operation operation);
+
+// Identity of the calling thread.
+const void* this_thread();
 
 // How many forks lie between the process that loaded the library and this one.
 std::uint64_t forks();
@@ -60,8 +64,8 @@ class Communicator {
   Status broadcast(void* data, std::size_t count, DType dtype, int root, double timeout, BlockingHooks& hooks);
   Status barrier(double timeout, BlockingHooks& hooks);
 
-  // Leaves the group: peers that wait for this rank are told. Not collective, idempotent; a call running in another
-  // thread is aborted first.
+  // Leaves the group: peers that wait for this rank are told. Not collective, idempotent, from any thread; a running
+  // call is aborted first.
   void close(BlockingHooks& hooks);
   bool closed() const { return closed_.load(); }
 
@@ -140,7 +144,10 @@ class Communicator {
   std::size_t one_shot_limit_ = 0;
   std::uint64_t fork_generation_ = 0;
   std::atomic<bool> busy_{false};
+  std::atomic<const void*> caller_{nullptr};  // this_thread() of the call that made it busy
   std::atomic<bool> closed_{true};
+  bool active_ = false;
+  std::mutex closing_;  // of several closing threads one unmaps
 
   std::uint64_t sequence_ = 0;
   std::uint64_t step_ = 0;  // chunks of all calls so far; the same on every rank

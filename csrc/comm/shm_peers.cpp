@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,7 +19,7 @@ std::uint64_t process_start_time(std::int64_t pid) {
   char path[64];
   std::snprintf(path, sizeof(path), "/proc/%lld/stat", static_cast<long long>(pid));
   std::FILE* file = std::fopen(path, "re");
-  if (file == nullptr) return 0;
+  if (file == nullptr) return errno == ENOENT || errno == ESRCH ? 0 : kUnknownStartTime;
   char text[1024];
   const std::size_t n = std::fread(text, 1, sizeof(text) - 1, file);
   std::fclose(file);
@@ -37,6 +38,16 @@ std::uint64_t process_start_time(std::int64_t pid) {
   return std::strtoull(at, nullptr, 10);
 }
 
+namespace {
+
+// A process that cannot be looked at, for want of a file descriptor say, counts as living.
+bool has_ended(const RankInfo& info) {
+  const std::uint64_t now = process_start_time(info.pid);
+  return now != kUnknownStartTime && info.start_time != kUnknownStartTime && now != info.start_time;
+}
+
+}  // namespace
+
 void Peers::open(const RankInfo* ranks, int world_size, int rank) {
   rank_ = rank;
   ranks_.assign(ranks, ranks + world_size);
@@ -47,7 +58,7 @@ void Peers::open(const RankInfo* ranks, int world_size, int rank) {
     const int fd = static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(ranks[r].pid), 0));
     fds_[r] = fd;
     // Looked up after opening: if the pid was reused before, this sees the newcomer and knows the peer is gone.
-    if (process_start_time(ranks[r].pid) != ranks[r].start_time) dead_ |= std::uint64_t{1} << r;
+    if (has_ended(ranks[r])) dead_ |= std::uint64_t{1} << r;
   }
 }
 
@@ -68,7 +79,7 @@ std::uint64_t Peers::dead() {
     if (fds_[r] >= 0) {
       polled[n] = {fds_[r], POLLIN, 0};
       rank_of[n++] = r;
-    } else if (process_start_time(ranks_[r].pid) != ranks_[r].start_time) {
+    } else if (has_ended(ranks_[r])) {
       dead_ |= std::uint64_t{1} << r;
     }
   }

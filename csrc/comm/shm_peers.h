@@ -8,7 +8,9 @@
 
 namespace tpk::shm {
 
-// Start time of a live process in clock ticks after boot; 0 when there is none or it is a zombie.
+// Start time of a live process in clock ticks after boot; 0 when there is none or it is a zombie, kUnknownStartTime
+// when that cannot be found out.
+constexpr std::uint64_t kUnknownStartTime = ~std::uint64_t{0};
 std::uint64_t process_start_time(std::int64_t pid);
 
 class Peers {

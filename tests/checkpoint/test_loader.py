@@ -239,6 +239,12 @@ def test_peak_memory_is_within_one_tensor_of_the_shard(tmp_path):
 # Smaller things ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["float32", torch.int8])
+def test_a_dtype_that_weights_cannot_have_is_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match=r"dtype must be None or one of torch\.float32"):
+        load_model(tmp_path, dtype=dtype)
+
+
 def test_progress_is_reported_to_a_function(checkpoints):
     folder, _ = checkpoints
     calls = []

@@ -315,6 +315,32 @@ def test_closing_from_another_thread_ends_a_waiting_call():
         assert ranks.get(1)["type"] == "CommAbortedError"
 
 
+def close_from_several_threads(comm, connection):
+    import threading
+
+    if comm.rank == 1:
+        return report_error(comm, comm.barrier) if connection.poll(10) else None
+    outcome = []
+    waiting = threading.Thread(target=lambda: outcome.append(report_error(comm, comm.barrier)))
+    waiting.start()
+    time.sleep(0.05)
+    closing = [threading.Thread(target=comm.close) for _ in range(8)]
+    for thread in closing:
+        thread.start()
+    for thread in [*closing, waiting]:
+        thread.join()
+    return outcome[0]
+
+
+def test_several_threads_may_close_while_a_call_waits():
+    """The segment may be unmapped once only, and not before the call has left it."""
+    with Ranks(close_from_several_threads, 2) as ranks:
+        ranks.ready()
+        assert ranks.get(0)["type"] == "CommAbortedError"
+        ranks.connections[1].send("go")
+        assert "closed during a call" in ranks.get(1)["text"]
+
+
 def call_from_two_threads(comm, connection):
     import threading
 
@@ -374,6 +400,26 @@ def test_ctrl_c_ends_the_wait_and_other_signals_do_not():
         ranks.connections[1].send("go")
         assert ranks.get(1) == "waiting"
         assert "rank 0 was interrupted" in ranks.get(1)["text"]
+
+
+def close_in_a_handler(comm, connection):
+    signal.signal(signal.SIGTERM, lambda *_: comm.close())
+    if comm.rank == 1:
+        connection.recv()
+    connection.send("waiting")
+    return report_error(comm, comm.barrier)
+
+
+def test_a_signal_handler_may_close_the_communicator_it_interrupts():
+    with Ranks(close_in_a_handler, 2) as ranks:
+        ranks.ready()
+        assert ranks.get(0) == "waiting"
+        time.sleep(0.2)
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)
+        assert "closed during a call" in ranks.get(0, timeout=5)["text"]
+        ranks.connections[1].send("go")
+        assert ranks.get(1) == "waiting"
+        assert ranks.get(1)["ranks"] == (0,)
 
 
 def fork_and_go_on(comm, connection):
@@ -447,6 +493,61 @@ def test_a_rank_that_cannot_reach_the_segment_fails_all(monkeypatch):
     for thread in threads:
         thread.join()
     assert errors[0] == errors[1] and "another host" in errors[0]
+
+
+class StoreWithRoom:
+    """A FileStore, which opens its file at each use, exempt from the limit on open files."""
+
+    def __init__(self, path, world_size, limit):
+        import torch.distributed as dist
+
+        self.store, self.limit = dist.FileStore(path, world_size), limit
+        self.restrict(self.limit)
+
+    @staticmethod
+    def restrict(soft):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    def unrestricted(self, method, *arguments):
+        self.restrict(self.limit + 64)
+        try:
+            return getattr(self.store, method)(*arguments)
+        finally:
+            self.restrict(self.limit)
+
+    def set(self, *arguments):
+        return self.unrestricted("set", *arguments)
+
+    def get(self, *arguments):
+        return self.unrestricted("get", *arguments)
+
+    def check(self, *arguments):
+        return self.unrestricted("check", *arguments)
+
+
+def run_out_of_files(comm, connection):
+    path = connection.recv()
+    # Two free descriptors: enough for the segment, too few to watch three peers.
+    free = [os.dup(0), os.dup(0)]
+    for descriptor in free:
+        os.close(descriptor)
+    store = StoreWithRoom(path, comm.world_size, max(free) + 1)
+    second = SharedMemoryCommunicator.create(comm.rank, comm.world_size, "second", store, timeout=20)
+    if comm.rank == comm.world_size - 1:
+        time.sleep(0.3)
+    value = second.all_reduce(torch.ones(1)).item()
+    store.restrict(store.limit + 64)  # the store's destructor opens its file as well
+    return value
+
+
+def test_a_rank_out_of_file_descriptors_does_not_take_the_others_for_dead():
+    with Ranks(run_out_of_files, 4) as ranks:
+        ranks.ready()
+        for connection in ranks.connections.values():
+            connection.send(os.path.join(ranks.folder.name, "second"))
+        assert [ranks.get(rank) for rank in range(4)] == [4.0] * 4
 
 
 def test_exit_without_close_is_clean():

@@ -70,6 +70,30 @@ def patched():
     return model
 
 
+class Adapted(torch.nn.Module):
+    """What adapter libraries put in a projection's place."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.in_features, self.out_features_local = base.in_features, getattr(base, "out_features_local", None)
+
+    def forward(self, x):
+        return self.base(x) * 2
+
+
+def adapted():
+    model = tiny()
+    model.model.layers[0].self_attn.o_proj = Adapted(model.model.layers[0].self_attn.o_proj)
+    return model
+
+
+def adapted_head():
+    model = tiny()
+    model.lm_head.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
 @pytest.mark.parametrize(
     "make, rows, reason",
     [
@@ -77,6 +101,8 @@ def patched():
         (tiny, 100, "100 rows"),
         (hooked, 1, "hooks"),
         (patched, 1, "stands in"),
+        (adapted, 1, "Adapted stands in for RowParallelLinear"),
+        (adapted_head, 1, "hooks"),
         (lambda: tiny(head_dim=258), 1, "head_dim"),
     ],
 )

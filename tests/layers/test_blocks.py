@@ -304,6 +304,8 @@ def check_errors(group):
         (lambda: layer.mlp(x.bfloat16()), "expected an input of torch.float32"),
         (lambda: layer(x, positions=torch.arange(TOKENS + 1)), r"expected positions \[9\] or \[2, 9\]"),
         (lambda: ParallelAttention(HIDDEN, world - 1, head_dim=8, **cpu), "num_heads|ranks cannot share"),
+        (lambda: layer.self_attn([1.0]), "expected an input .* got list"),
+        (lambda: ParallelAttention(HIDDEN, "9", **cpu), "num_heads must be a positive int"),
         (lambda: ParallelAttention(HIDDEN, 7, **cpu), "pass head_dim"),
         (lambda: ParallelAttention(HIDDEN, 9, 2, head_dim=8, **cpu), "num_kv_heads must divide"),
         (lambda: ParallelAttention(HIDDEN, 9, head_dim=8, rope=RotaryEmbedding(6), **cpu), "head_dim=8, got one for 6"),

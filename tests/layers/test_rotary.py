@@ -123,5 +123,9 @@ def test_rms_norm_names_what_was_expected():
         RMSNorm(0)
     with pytest.raises(ValueError, match=r"expected an input of shape \[..., 8\]"):
         RMSNorm(8)(torch.ones(2, 9))
+    with pytest.raises(ValueError, match=r"expected an input of shape \[..., 8\], got \[\]"):
+        RMSNorm(8)(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="expected an input on cpu"):
+        RMSNorm(8)(torch.ones(2, 8, device="meta"))
     with pytest.raises(ValueError, match="expected a residual of shape"):
         RMSNorm(8)(torch.ones(2, 8), torch.ones(8))

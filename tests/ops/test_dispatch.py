@@ -118,6 +118,30 @@ def test_transforms_and_autocast_take_the_pytorch_path():
     assert ops.swiglu_linear(X.to("meta"), W.to("meta")).shape == (2, 3, 10)
 
 
+class Quantised(torch.Tensor):
+    """A weight without memory of its own that brings its operators, as quantisation libraries make them."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*(a.inner if isinstance(a, Quantised) else a for a in args), **(kwargs or {}))
+
+
+def test_operands_without_memory_take_the_pytorch_path():
+    x = torch.randn(2, 32)
+    torch.testing.assert_close(ops.linear(x, Quantised(W), Quantised(B)), ops.linear_reference(x, W, B))
+    residual = Quantised(RESIDUAL[0, :2])
+    torch.testing.assert_close(ops.linear(x, W, residual=residual), ops.linear_reference(x, W, residual=residual.inner))
+    torch.testing.assert_close(ops.rms_norm(x, Quantised(NORM)), ops.rms_norm_reference(x, NORM))
+    assert "Quantised" in str(ops.explain(ops.linear, x, Quantised(W)))
+
+
 def test_inference_tensors():
     with torch.inference_mode():
         x = torch.randn(1, 32)

@@ -189,6 +189,7 @@ def test_gradients_are_those_of_torch():
         ({"residual": torch.ones(2, 4)}, "residual"),
         ({"weight": torch.ones(5, 8, dtype=torch.float64)}, "float64"),
         ({"weight": torch.ones(5, 8, device="meta")}, "meta"),
+        ({"bias": torch.ones(5, device="meta")}, "meta"),
         ({"activation": "tanh"}, "tanh"),
     ],
 )

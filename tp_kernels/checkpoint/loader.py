@@ -90,8 +90,7 @@ class DistributedCheckpointLoader:
             path: Hugging Face folder (``model.safetensors``, or shards with their index) or GGUF file.
             group: anything ``resolve_group`` takes; None is the default group, or world size 1 without one.
             progress: True shows a bar on rank 0 while loading if stderr is a terminal; a function is called on rank 0
-            with
-                (bytes done, bytes to do) instead.
+                with (bytes done, bytes to do) instead.
         Raises:
             CheckpointError: on every rank, if any rank cannot open it or finds it malformed.
         """

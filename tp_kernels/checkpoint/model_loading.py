@@ -43,10 +43,13 @@ def load_model(
         A ``ParallelCausalLM`` in eval mode.
     Raises:
         CheckpointError: on every rank; there is no partial model.
-        ValueError: the model's family or a feature of it is not supported, or there are more ranks than query heads.
+        ValueError: another ``dtype`` than float32, bfloat16, float16 or float64; the model's family or a feature of it
+            is not supported; there are more ranks than query heads.
     """
     from tp_kernels.models import ModelConfig, ParallelCausalLM
 
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ValueError(f"dtype must be None or one of {', '.join(map(str, _DTYPES.values()))}, got {dtype!r}")
     with DistributedCheckpointLoader(path, group, progress=progress) as loader:
         # Functions of what the ranks were seen to share: a ValueError here is the same on all of them.
         described = loader.config()

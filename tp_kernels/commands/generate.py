@@ -126,9 +126,10 @@ def resolve_model(name: str) -> Path:
 
 
 def check_tp(model: Path, tp: int) -> None:
-    """UsageError when the model cannot be split over ``tp`` ranks: found here before any rank is started."""
-    if tp == 1:
-        return
+    """UsageError when the model cannot be split over ``tp`` ranks, CheckpointError when it cannot be opened.
+
+    Found here before any rank is started, and before a missing tokenizer hides that the folder holds no weights.
+    """
     from tp_kernels.checkpoint.loader import DistributedCheckpointLoader
 
     with DistributedCheckpointLoader(model, progress=False) as loader:

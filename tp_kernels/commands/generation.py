@@ -54,7 +54,10 @@ def under_torchrun() -> int | None:
     """World size when this process is a rank that torchrun (or a launcher like it) started, else None."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
-    return int(os.environ["WORLD_SIZE"])
+    world_size = os.environ["WORLD_SIZE"]
+    if not world_size.isdecimal() or int(world_size) < 1:
+        raise UsageError(f"the environment variable WORLD_SIZE must be a positive integer, got {world_size!r}")
+    return int(world_size)
 
 
 def generate_here(request: GenerateRequest, *, out: TextIO | None = None) -> dict[str, Any]:

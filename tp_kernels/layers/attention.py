@@ -58,8 +58,7 @@ class ParallelAttention(TensorParallelLayer):
 
     Raises:
         ValueError: heads that do not divide, more ranks than query heads; in ``forward``, an input, positions or a
-        cache
-            that does not fit, or a cache while a gradient is being recorded.
+            cache that does not fit, or a cache while a gradient is being recorded.
     """
 
     def __init__(
@@ -83,8 +82,11 @@ class ParallelAttention(TensorParallelLayer):
     ):
         super().__init__(group)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
         if head_dim is None:
-            if num_heads < 1 or hidden_size % num_heads:
+            if hidden_size % num_heads:
                 raise ValueError(f"hidden_size={hidden_size} is not num_heads={num_heads} heads; pass head_dim")
             head_dim = hidden_size // num_heads
         if rope is not None and rope.head_dim != head_dim:
@@ -132,8 +134,9 @@ class ParallelAttention(TensorParallelLayer):
         Returns:
             [B, S, hidden_size].
         """
-        if x.dim() != 3:
-            raise ValueError(f"ParallelAttention: expected an input [B, S, {self.hidden_size}], got {list(x.shape)}")
+        if not isinstance(x, torch.Tensor) or x.dim() != 3:
+            got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"ParallelAttention: expected an input [B, S, {self.hidden_size}], got {got}")
         batch, length = x.shape[0], x.shape[1]
         if positions is not None and positions.shape != (length,) and positions.shape != (batch, length):
             raise ValueError(f"expected positions [{length}] or [{batch}, {length}], got {list(positions.shape)}")

@@ -231,6 +231,8 @@ class TensorParallelLayer(nn.Module):
 
 def check_input(x: torch.Tensor, features: int, weight: torch.Tensor, layer: nn.Module) -> None:
     """ValueError unless ``x`` [..., features] fits ``weight`` in dtype and device."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{type(layer).__name__}: expected a tensor [..., {features}], got {type(x).__name__}")
     if x.dtype is weight.dtype and x.shape[-1:] == (features,) and x.device == weight.device:
         return
     name = type(layer).__name__
@@ -240,6 +242,12 @@ def check_input(x: torch.Tensor, features: int, weight: torch.Tensor, layer: nn.
         raise ValueError(f"{name}: expected an input on {weight.device}, where the weight is, got {x.device}")
     if not torch.is_autocast_enabled(x.device.type):  # under autocast the matmul casts both
         raise ValueError(f"{name}: expected an input of {weight.dtype}, the weight's dtype, got {x.dtype}")
+
+
+def check_dtype(dtype: Any) -> None:
+    """ValueError unless ``dtype`` is None or one that parameters can have."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be None or a floating-point torch.dtype, got {dtype!r}")
 
 
 def _stock_prefix(module: nn.Module, prefix: str) -> str:

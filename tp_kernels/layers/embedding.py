@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tp_kernels.checkpoint.sharding import shard_vocab_sizes
 from tp_kernels.comm.functional import reduce_from_tensor_parallel
-from tp_kernels.layers.base import TensorParallelLayer
+from tp_kernels.layers.base import TensorParallelLayer, check_dtype
 from tp_kernels.layers.linear import ColumnParallelLinear, ranges_from_sizes
 
 __all__ = ["ParallelLMHead", "VocabParallelEmbedding"]
@@ -41,7 +41,8 @@ class VocabParallelEmbedding(TensorParallelLayer):
         int64 or int32 ids [...] -> [..., embedding_dim], the same on all ranks.
 
     Raises:
-        ValueError: bad sizes; in ``forward``, ids that are no integers or (on the CPU) outside the vocabulary.
+        ValueError: bad sizes; in ``forward``, ids that are no integers, on another device or (on the CPU) outside the
+            vocabulary.
     """
 
     def __init__(
@@ -56,6 +57,9 @@ class VocabParallelEmbedding(TensorParallelLayer):
     ):
         super().__init__(group)
         self.partition = _vocab_sizes(num_embeddings, self.tp_size)
+        if not isinstance(embedding_dim, int) or isinstance(embedding_dim, bool) or embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be a positive int, got {embedding_dim!r}")
+        check_dtype(dtype)
         if padding_idx is not None:
             if not -num_embeddings <= padding_idx < num_embeddings:
                 raise ValueError(f"padding_idx must be a word of the {num_embeddings}, got {padding_idx}")
@@ -78,8 +82,10 @@ class VocabParallelEmbedding(TensorParallelLayer):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up ``ids`` [...]; returns [..., embedding_dim]."""
-        if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
-            raise ValueError(f"expected int64 or int32 ids, got {ids.dtype}")
+        if not isinstance(ids, torch.Tensor) or (ids.dtype is not torch.int64 and ids.dtype is not torch.int32):
+            raise ValueError(f"expected int64 or int32 ids, got {getattr(ids, 'dtype', type(ids).__name__)}")
+        if ids.device != self.weight.device:
+            raise ValueError(f"expected ids on {self.weight.device}, where the weight is, got {ids.device}")
         # A rank that finds no owner for an id would answer zero: check where that costs no device synchronisation.
         if ids.is_cpu and ids.numel():
             low, high = ids.aminmax()
@@ -188,14 +194,4 @@ class ParallelLMHead(ColumnParallelLinear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, group: Any = None, **options: Any) -> ParallelLMHead:
         """This rank's part of an existing output projection."""
-        layer = cls(
-            linear.out_features,
-            linear.in_features,
-            linear.bias is not None,
-            group=group,
-            device="meta",
-            dtype=linear.weight.dtype,
-            **options,
-        )
-        layer._take_over([linear])
-        return layer
+        return cls._from_one(linear, group, options, outputs_first=True)

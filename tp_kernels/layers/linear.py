@@ -32,7 +32,7 @@ from tp_kernels.comm.functional import (
     reduce_scatter_to_sequence_parallel,
     scatter_to_tensor_parallel,
 )
-from tp_kernels.layers.base import TensorParallelLayer, TensorShard, check_input
+from tp_kernels.layers.base import TensorParallelLayer, TensorShard, check_dtype, check_input
 
 __all__ = ["ColumnParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"]
 
@@ -63,6 +63,13 @@ def _checked_partition(total: int, partition: Sequence[int] | None, world_size: 
     return list(partition)
 
 
+def check_linears(linears: Sequence[nn.Linear]) -> None:
+    """ValueError unless all are ``nn.Linear``."""
+    for linear in linears:
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"expected an nn.Linear to shard, got {type(linear).__name__}")
+
+
 class _ParallelLinear(TensorParallelLayer):
     """What both kinds share: the two parameters, torch's initialisation, loading from full tensors."""
 
@@ -72,6 +79,7 @@ class _ParallelLinear(TensorParallelLayer):
     out_features: int
 
     def _add_parameters(self, weight_shape: tuple[int, int], bias_size: int | None, device, dtype) -> None:
+        check_dtype(dtype)
         self.weight = nn.Parameter(torch.empty(weight_shape, device=device, dtype=dtype))
         if bias_size is None:
             self.register_parameter("bias", None)
@@ -101,6 +109,22 @@ class _ParallelLinear(TensorParallelLayer):
                 raise ValueError(f"{shard.name}: expected shape {list(shard.full_shape)}, got {list(full.shape)}")
         for shard, full in copies:
             shard.copy_from_full(full)
+
+    @classmethod
+    def _from_one(cls, linear: nn.Linear, group: Any, options: dict[str, Any], *, outputs_first: bool = False):
+        """``from_linear`` of a layer with one weight; ``outputs_first`` is the order of the constructor's sizes."""
+        check_linears([linear])
+        sizes = (linear.in_features, linear.out_features)
+        layer = cls(
+            *(sizes[::-1] if outputs_first else sizes),
+            linear.bias is not None,
+            group=group,
+            device="meta",
+            dtype=linear.weight.dtype,
+            **options,
+        )
+        layer._take_over([linear])
+        return layer
 
     def _take_over(self, linears: Sequence[nn.Linear]) -> None:
         """Fill a layer built on the meta device from unsharded ones."""
@@ -254,18 +278,7 @@ class ColumnParallelLinear(_ParallelLinear):
             group: see the constructor.
             options: further constructor arguments (``gather_output``, ...).
         """
-        weight = linear.weight
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            group=group,
-            device="meta",
-            dtype=weight.dtype,
-            **options,
-        )
-        layer._take_over([linear])
-        return layer
+        return cls._from_one(linear, group, options)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -321,6 +334,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     def from_linear(cls, linear: Sequence[nn.Linear], *, group: Any = None, **options: Any):
         """Merge and shard existing ``nn.Linear`` layers that read the same input."""
         linears = list(linear)
+        check_linears(linears)
         if len({(m.in_features, m.bias is None, m.weight.dtype) for m in linears}) != 1:
             raise ValueError("layers to merge must agree in in_features, dtype and in having a bias")
         layer = cls(
@@ -454,14 +468,4 @@ class RowParallelLinear(_ParallelLinear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, group: Any = None, **options: Any) -> RowParallelLinear:
         """This rank's part of an existing ``nn.Linear``, on its device and in its dtype; it is left alone."""
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            group=group,
-            device="meta",
-            dtype=linear.weight.dtype,
-            **options,
-        )
-        layer._take_over([linear])
-        return layer
+        return cls._from_one(linear, group, options)

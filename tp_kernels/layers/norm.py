@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tp_kernels import ops
+from tp_kernels.layers.base import check_dtype
 
 __all__ = ["RMSNorm"]
 
@@ -29,6 +30,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         if not isinstance(hidden_size, int) or hidden_size < 1:
             raise ValueError(f"hidden_size must be a positive int, got {hidden_size!r}")
+        check_dtype(dtype)
         self.hidden_size, self.eps = hidden_size, eps
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -39,8 +41,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         """Normalise ``x``; with ``residual`` return ``(norm(x + residual), x + residual)`` from one pass."""
-        if x.shape[-1] != self.hidden_size:
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"RMSNorm: expected a tensor [..., {self.hidden_size}], got {type(x).__name__}")
+        if x.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"RMSNorm: expected an input of shape [..., {self.hidden_size}], got {list(x.shape)}")
+        if x.device != self.weight.device:
+            raise ValueError(f"RMSNorm: expected an input on {self.weight.device}, where the weight is, got {x.device}")
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps)
         if residual.shape != x.shape:

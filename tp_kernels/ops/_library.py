@@ -23,13 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CPU_DTYPES", "NAMESPACE", "define_op", "needs_grad", "new_like", "plain_cpu", "plain_reason", "watched"]
+__all__ = [
+    "CPU_DTYPES",
+    "NAMESPACE",
+    "PLAIN_TYPES",
+    "define_op",
+    "needs_grad",
+    "new_like",
+    "plain_cpu",
+    "plain_reason",
+    "watched",
+]
 
 NAMESPACE = "tp_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # Codes of csrc/common/dtype.h for the dtypes that the CPU kernels take; one dict lookup is both the check and the code.
 CPU_DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Types that have the memory they claim. A subclass (DTensor, a quantised weight) may not, and brings its own operators.
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 # Bound once: an attribute chain on torch costs as much as the call.
 _grad_enabled = torch.is_grad_enabled

@@ -214,7 +214,7 @@ def _native_decode(
         or lengths.numel() != batch
         or lengths.dim() != 1
         or not lengths.is_cpu
-        or not k_cache.is_cpu
+        or not (k_cache.is_cpu and v_cache.is_cpu)
     ):
         return None
     q_batch, q_head, q_token, q_dim = q.stride()

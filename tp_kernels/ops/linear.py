@@ -22,6 +22,7 @@ from torch import Tensor
 from tp_kernels._native import native
 from tp_kernels.ops._library import (
     CPU_DTYPES,
+    PLAIN_TYPES,
     define_op,
     needs_grad,
     new_like,
@@ -104,7 +105,7 @@ def native_linear(
     if code is None or weight.dtype is not dtype or activation is None or weight.dim() != 2:
         return None
     rows_w, k = weight.shape
-    if k == 0 or x.size(-1) != k or not weight.is_contiguous() or not weight.is_cpu:
+    if k == 0 or x.size(-1) != k or not weight.is_contiguous() or not weight.is_cpu or type(weight) not in PLAIN_TYPES:
         return None
     m = x.numel() // k
     if m > MAX_NATIVE_ROWS[code]:
@@ -118,10 +119,14 @@ def native_linear(
     if bias is not None:
         if bias.dtype is not dtype or bias.numel() != rows_w or bias.dim() != 1 or not bias.is_contiguous():
             return None
+        if not bias.is_cpu or type(bias) not in PLAIN_TYPES:
+            return None
         bias_at = bias.data_ptr()
     out = new_like(x, n)
     if residual is not None:
         if residual.dtype is not dtype or residual.shape != out.shape or not residual.is_cpu:
+            return None
+        if type(residual) not in PLAIN_TYPES:
             return None
         residual = residual.contiguous()
         residual_at = residual.data_ptr()
@@ -153,6 +158,8 @@ def native_linear_reason(
     reason = plain_reason(x, weight, bias, residual)
     if reason is not None:
         return reason
+    if type(weight) not in PLAIN_TYPES:
+        return f"the weight is a {type(weight).__name__}"
     if not weight.is_contiguous():
         return "the weight is not contiguous"
     if weight.shape[1] == 0:

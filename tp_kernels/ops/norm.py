@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tp_kernels._native import native
-from tp_kernels.ops._library import CPU_DTYPES, define_op, needs_grad, plain_cpu, plain_reason, watched
+from tp_kernels.ops._library import CPU_DTYPES, PLAIN_TYPES, define_op, needs_grad, plain_cpu, plain_reason, watched
 
 __all__ = ["add_rms_norm", "add_rms_norm_reference", "rms_norm", "rms_norm_reference"]
 
@@ -48,6 +48,8 @@ def _native_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     dtype = x.dtype
     code = CPU_DTYPES.get(dtype)
     if code is None or weight.dtype is not dtype or weight.dim() != 1 or x.dim() < 1:
+        return None
+    if type(weight) not in PLAIN_TYPES or (residual is not None and type(residual) not in PLAIN_TYPES):
         return None
     width = x.size(-1)
     if width == 0 or weight.numel() != width or not weight.is_contiguous() or not weight.is_cpu:
@@ -84,6 +86,8 @@ def native_norm_reason(x: Tensor, *others: Tensor) -> str | None:
     reason = plain_reason(x, *tensors)
     if reason is not None:
         return reason
+    if any(type(t) not in PLAIN_TYPES for t in tensors):
+        return "an operand is a tensor subclass"
     if any(t.dtype != x.dtype for t in tensors):
         return "the dtypes differ"
     if x.shape[-1] == 0:

@@ -161,9 +161,13 @@ def _native_qkv(
     if q_norm is not None:
         if q_norm.dtype is not dtype or q_norm.shape != (dim,) or not q_norm.is_contiguous():
             return None
+        if not q_norm.is_cpu:
+            return None
         q_norm_at = q_norm.data_ptr()
     if k_norm is not None:
         if k_norm.dtype is not dtype or k_norm.shape != (dim,) or not k_norm.is_contiguous():
+            return None
+        if not k_norm.is_cpu:
             return None
         k_norm_at = k_norm.data_ptr()
     if positions is not None:
