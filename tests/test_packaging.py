@@ -118,7 +118,6 @@ ALLOWED = {
     "checkpoint": {"layers", "models", "comm", "ops"},
     "models": {"layers", "ops", "comm"},
     "inference": {"models", "checkpoint", "layers", "ops", "comm"},
-    "integrations": {"inference", "models", "checkpoint", "layers", "ops", "comm"},
     "testing": {"comm", "ops", "_native", "version"},
 }
 # A pure leaf that only says which slice a rank owns, and so may be imported from everywhere.

@@ -38,7 +38,7 @@ _HOMES = {
     "tp_kernels.inference": ["GenerationResult", "generate", "load_tokenizer"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBMODULES = ("checkpoint", "comm", "inference", "integrations", "layers", "models", "ops", "testing")
+_SUBMODULES = ("checkpoint", "comm", "inference", "layers", "models", "ops", "testing")
 
 __all__ = ["__version__", *_HOME_OF]
 
