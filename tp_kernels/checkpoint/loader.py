@@ -165,16 +165,13 @@ class DistributedCheckpointLoader:
 
         Args:
             model: any module; ``TensorParallelLayer``s inside it get their slice, plain parameters the whole tensor.
-            Its
-                parameters must have memory (not on the meta device).
+                Its parameters must have memory (not on the meta device).
             strict: tensors of the checkpoint that the model has no place for are an error, apart from a few that are
-            known
-                to be computed (``rotary_emb.inv_freq``) and the head of a model with tied embeddings.
+                known to be computed (``rotary_emb.inv_freq``) and the head of a model with tied embeddings.
         Raises:
-            CheckpointError: on every rank, naming file, tensor and rank. When the checkpoint does not fit the model
-            nothing
-                has been written. When reading failed midway, every parameter on every rank has been filled with NaN: a
-                model that was half loaded cannot be mistaken for a good one.
+            CheckpointError: on every rank, naming file, tensor and rank. When the checkpoint does not fit the model,
+                nothing has been written. When reading failed midway, every parameter on every rank has been filled with
+                NaN: a model that was half loaded cannot be mistaken for a good one.
         """
         plan, error = self._agreed_plan(model, strict, filled=True), None
         try:
