@@ -156,7 +156,7 @@ def native_calls(monkeypatch) -> list[str]:
         "linear": ["_cpu_linear"],
         "norm": ["_cpu_rms_norm"],
         "swiglu": ["_cpu_silu_mul"],
-        "attention": ["_cpu_decode_attention"],
+        "decode_attention": ["_cpu_decode_attention"],
         "qkv": ["_cpu_qkv_rope_cache"],
     }.items():
         owner = importlib.import_module(f"tp_kernels.ops.{module}")

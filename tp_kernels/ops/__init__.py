@@ -5,13 +5,9 @@ where no faster path was measured.
 """
 
 from tp_kernels.ops._explain import Path, explain
-from tp_kernels.ops.attention import (
-    attention,
-    attention_reference,
-    decode_attention,
-    decode_attention_reference,
-)
+from tp_kernels.ops.attention import attention, attention_reference
 from tp_kernels.ops.cpu_weights import advise_huge
+from tp_kernels.ops.decode_attention import decode_attention, decode_attention_reference
 from tp_kernels.ops.linear import linear, linear_reference
 from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tp_kernels.ops.qkv import qkv_rope_cache, qkv_rope_cache_reference

@@ -10,7 +10,7 @@ import torch
 
 from tp_kernels._native import native
 from tp_kernels.ops._library import watched
-from tp_kernels.ops.attention import native_decode_reason
+from tp_kernels.ops.decode_attention import native_decode_reason
 from tp_kernels.ops.linear import native_linear_reason
 from tp_kernels.ops.norm import native_norm_reason
 from tp_kernels.ops.qkv import native_qkv_reason

@@ -44,6 +44,9 @@ CPU_DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch
 # Types that have the memory they claim. A subclass (DTensor, a quantised weight) may not, and brings its own operators.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
+# A GpuInfo while CPU tensors stand in for GPU tensors (``_gpu.pretend``).
+pretended: Any = None
+
 # Bound once: an attribute chain on torch costs as much as the call.
 _grad_enabled = torch.is_grad_enabled
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", torch.is_autocast_enabled)
@@ -85,7 +88,7 @@ def plain_cpu(x: Tensor) -> bool:
 
     Subclasses (FakeTensor, DTensor), functorch wrappers and autocast regions take the PyTorch path.
     """
-    return x.is_cpu and type(x) is Tensor and not _functorch_active() and not _any_autocast()
+    return x.is_cpu and type(x) is Tensor and not _functorch_active() and not _any_autocast() and pretended is None
 
 
 def plain_reason(x: Tensor, *others: Tensor | None) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tp_kernels._native import native
 from tp_kernels.ops._library import CPU_DTYPES
-from tp_kernels.ops.attention import MAX_HEAD_DIM, MAX_NATIVE_QUERIES
+from tp_kernels.ops.decode_attention import MAX_HEAD_DIM, MAX_NATIVE_QUERIES
 from tp_kernels.ops.linear import MAX_NATIVE_ROWS
 
 __all__ = [

@@ -1,0 +1,105 @@
+"""What a microbenchmark of an op says about itself; the driver times it, checks it, tunes it and writes the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tp_kernels.checkpoint.sharding import shard_heads_sizes, shard_range_sizes, shard_width_sizes
+
+__all__ = ["MODELS", "Case", "Own", "Shapes", "randn"]
+
+Result = Any  # a tensor or a tuple of tensors
+
+
+@dataclass(frozen=True)
+class Own:
+    """One path of ours: a kernel family with the configurations worth measuring.
+
+    Args:
+        run: ``run(config, *inputs)``; ``config`` is one of ``configs``, or None for the kernel's default.
+        configs: dicts, as they are stored in a tuning table.
+    """
+
+    run: Callable[..., Result]
+    configs: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op.
+
+    Args:
+        op: section of the tuning table and name for ``--op``.
+        label: model and shape, for the table people read.
+        sizes: the dispatch key, as given to ``tuning.lookup``.
+        dtype: of the operands.
+        inputs: ``inputs(generator)`` makes one fresh set of random inputs on ``generator.device``.
+        reference: the exact result from the same inputs, in fp32 or fp64.
+        peers: what else there is, functions of the inputs; "torch" is what the op falls back to.
+        own: our paths by name.
+        public: the public op itself, which chooses a path; timed as "op".
+        bytes: fewest bytes that must move; 0 if the op is not memory-bound.
+        flops: floating-point operations; 0 if it is not compute-bound.
+        input_bytes: size of one set, for rotating more sets than the L2 holds.
+        tolerance: allowed multiple of the error of ``peers["torch"]``.
+    """
+
+    op: str
+    label: str
+    sizes: dict[str, int]
+    dtype: torch.dtype
+    inputs: Callable[[torch.Generator], tuple[Any, ...]]
+    reference: Callable[..., Result]
+    peers: dict[str, Callable[..., Result]]
+    own: dict[str, Own]
+    public: Callable[..., Result] | None = None
+    bytes: int = 0
+    flops: int = 0
+    input_bytes: int = 0
+    tolerance: float = 2.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a model that benchmarks derive their shapes from (all unsharded)."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    qk_norm: bool = False
+
+    def shard(self, tp: int) -> Shapes:
+        """Sizes of rank 0 of ``tp``; hidden size and head size are never cut."""
+        heads, kv_heads = shard_heads_sizes(self.heads, self.kv_heads, tp)[0]
+        return replace(
+            self,
+            intermediate=shard_width_sizes(self.intermediate, tp)[0],
+            heads=heads,
+            kv_heads=kv_heads,
+            vocab=shard_range_sizes(self.vocab, tp)[0],
+        )
+
+
+MODELS: dict[str, Shapes] = {
+    "llama3-8b": Shapes("llama3-8b", 4096, 14336, 32, 8, 128, 128256),
+    "llama3-70b": Shapes("llama3-70b", 8192, 28672, 64, 8, 128, 128256),
+    "mistral-7b": Shapes("mistral-7b", 4096, 14336, 32, 8, 128, 32768),
+    "qwen3-8b": Shapes("qwen3-8b", 4096, 12288, 32, 8, 128, 151936, qk_norm=True),
+    # Small enough for Triton's interpreter: exercises the benchmarks themselves, says nothing about speed.
+    "tiny": Shapes("tiny", 64, 96, 4, 2, 16, 97, qk_norm=True),
+}
+
+
+def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normal random numbers on the generator's device."""
+    return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(dtype)
