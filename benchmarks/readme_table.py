@@ -11,6 +11,8 @@ import csv
 import sys
 from pathlib import Path
 
+from tp_kernels.testing.op_bench import report
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
@@ -83,8 +85,37 @@ def op_lines(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
+def gpu_table(folder: Path) -> list[str]:
+    """The Markdown table of one GPU: an op a line, all measured shapes of it, what lost as plainly as what won."""
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in read(path) if "times_best_peer" in row]
+    rows = [{**row, **{name: float(row[name]) for name in ("us",) if row[name]}} for row in rows]
+    if not rows:
+        return []
+    first = rows[0]
+    lines = []
+    for line in report.summary(rows):
+        peers = {row["competitor"] for row in rows if row["op"] == line["op"]} - {"op"}
+        names = ", ".join(sorted(name for name in peers if not name.startswith("own:")))
+        failed = f", {line['wrong_or_failed']} wrong or failed" if line["wrong_or_failed"] else ""
+        lines.append(
+            f"| `{line['op']}` | {line['cases']} | {line['own_times_best_peer']}x (worst {line['own_worst']}x, "
+            f"faster in {line['own_wins']}{failed}) | {line['op_times_best_peer']}x | {names} |"
+        )
+    where = f"{first['gpu']}, torch {first['torch']}, {first['date']}"
+    return [
+        f"Measured on {where}; speed over the best peer in the same run, geometric mean over the shapes "
+        f"([files](benchmarks/results/{folder.name})):",
+        "",
+        "| op | shapes | own kernels | as dispatched | peers |",
+        "|---|---|---|---|---|",
+        *lines,
+    ]
+
+
 def table(folder: Path) -> list[str]:
     """The Markdown table of one machine."""
+    if lines := gpu_table(folder):
+        return lines
     reduce_rows = [row for path in sorted(folder.glob("all_reduce*.csv")) for row in read(path)]
     generate_rows, op_rows = read(folder / "generate.csv"), read(folder / "cpu_ops.csv")
     first = next(iter(reduce_rows or generate_rows or op_rows), None)

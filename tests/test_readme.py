@@ -19,6 +19,24 @@ def test_the_table_is_what_the_result_files_say(monkeypatch):
     assert script.main() == 0, "run: python benchmarks/readme_table.py"
 
 
+def test_the_table_of_a_gpu_counts_what_lost(tmp_path):
+    script = load_script()
+    names = ["op", "case", "dtype", "sizes", "competitor", "us", "verdict", "times_best_peer", "gpu", "torch", "date"]
+    rows = [
+        ("linear", "a", "bfloat16", "m=1", "torch", "20.0", "ok", "1.0"),
+        ("linear", "a", "bfloat16", "m=1", "own:gemv", "10.0", "ok", "2.0"),
+        ("linear", "a", "bfloat16", "m=1", "op", "10.0", "ok", "2.0"),
+        ("linear", "b", "bfloat16", "m=64", "torch", "10.0", "ok", "1.0"),
+        ("linear", "b", "bfloat16", "m=64", "own:skinny", "20.0", "ok", "0.5"),
+        ("linear", "b", "bfloat16", "m=64", "own:gemv", "", "wrong", ""),
+        ("linear", "b", "bfloat16", "m=64", "op", "10.0", "ok", "1.0"),
+    ]
+    text = "\n".join(",".join((*row, "GPU", "2.11", "2026-01-01")) for row in rows)
+    (tmp_path / "linear.csv").write_text(",".join(names) + "\n" + text + "\n")
+    lines = script.gpu_table(tmp_path)
+    assert "| `linear` | 2 | 1.0x (worst 0.5x, faster in 1, 1 wrong or failed) | 1.414x | torch |" in lines
+
+
 def test_a_changed_figure_is_noticed(monkeypatch, tmp_path):
     script = load_script()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

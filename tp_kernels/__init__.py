@@ -32,6 +32,7 @@ _HOMES = {
         "VocabParallelEmbedding",
         "full_state_dict",
         "load_full_state_dict",
+        "vocab_parallel_cross_entropy",
     ],
     "tp_kernels.checkpoint": ["CheckpointError", "DistributedCheckpointLoader", "load_model"],
     "tp_kernels.models": ["ModelConfig", "ParallelCausalLM"],

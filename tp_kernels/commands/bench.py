@@ -14,13 +14,14 @@ DESCRIPTION = "Microbenchmarks: competitors interleaved in one run, medians and 
 EXAMPLES = """\
 examples:
   tp-kernels bench all-reduce
-  tp-kernels bench all-reduce --help
+  tp-kernels bench ops --op rms_norm
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks."""
     from tp_kernels.testing import bench_all_reduce
+    from tp_kernels.testing.op_bench import commands
 
     benchmarks = parser.add_subparsers(title="benchmarks", dest="benchmark", metavar="BENCHMARK", required=True)
     all_reduce = benchmarks.add_parser(
@@ -32,12 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     bench_all_reduce.add_arguments(all_reduce)
     all_reduce.set_defaults(run=bench_all_reduce.run)
+    ops = benchmarks.add_parser(
+        "ops",
+        help="the GPU kernels against PyTorch, Liger, FlashAttention and others",
+        description="The GPU kernels against whatever else is installed, on the shapes of a model's layers.",
+        epilog=_OPS_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    commands.add_bench_arguments(ops)
+    ops.set_defaults(run=commands.run_bench)
 
 
 _ALL_REDUCE_EXAMPLES = """\
 examples:
   tp-kernels bench all-reduce --ranks 2
   tp-kernels bench all-reduce --ranks 4 --csv all_reduce.csv --plot all_reduce.png
+"""
+
+_OPS_EXAMPLES = """\
+examples:
+  tp-kernels bench ops
+  tp-kernels bench ops --op linear --model llama3-70b --tp 8 --rows 1 16 64 --csv linear.csv --plot plots
 """
 
 

@@ -98,7 +98,7 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` more of every row as stored, after the model has run them."""
-        self._host_lengths = [length + tokens for length in self._host_lengths]
+        self._host_lengths[:] = [length + tokens for length in self._host_lengths]  # the layers share the list
         self.lengths += tokens
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
@@ -110,7 +110,7 @@ class KVCache:
         lengths = [int(length) for length in lengths]
         if len(lengths) != self.batch or any(not 0 <= length <= self.max_len for length in lengths):
             raise ValueError(f"expected {self.batch} lengths in [0, {self.max_len}], got {lengths}")
-        self._host_lengths = lengths
+        self._host_lengths[:] = lengths
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int64))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
@@ -134,5 +134,6 @@ class KVCache:
 
     def _make_views(self) -> None:
         self.layers = [
-            LayerKVCache(k, v, self.lengths) for k, v in zip(self._keys.unbind(0), self._values.unbind(0), strict=True)
+            LayerKVCache(k, v, self.lengths, self._host_lengths)
+            for k, v in zip(self._keys.unbind(0), self._values.unbind(0), strict=True)
         ]

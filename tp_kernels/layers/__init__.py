@@ -12,6 +12,7 @@ from tp_kernels.layers.base import (
     iter_tensor_shards,
     load_full_state_dict,
 )
+from tp_kernels.layers.cross_entropy import vocab_parallel_cross_entropy
 from tp_kernels.layers.decoder import ParallelDecoderLayer
 from tp_kernels.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tp_kernels.layers.kv_cache import LayerKVCache
@@ -40,4 +41,5 @@ __all__ = [
     "full_state_dict",
     "iter_tensor_shards",
     "load_full_state_dict",
+    "vocab_parallel_cross_entropy",
 ]

@@ -180,10 +180,7 @@ class ParallelAttention(TensorParallelLayer):
         qkv = self.qkv_proj(x)
         if qkv.requires_grad:
             raise ValueError("a KV cache is for inference: expected torch.no_grad() or torch.inference_mode()")
-        table_length = cache.max_len
-        if positions is not None:
-            table_length = max(table_length, int(positions.max()) + 1)
-        cos, sin = self._tables(table_length, x.device)
+        cos, sin, positions = self._rotation(positions, cache.max_len, x.device)
         lengths = cache.lengths
         q_norm, k_norm = self.q_norm, self.k_norm
         q = ops.qkv_rope_cache(
@@ -200,7 +197,7 @@ class ParallelAttention(TensorParallelLayer):
             self.norm_eps,
             positions,
         )
-        if length > 1 and not lengths.any():
+        if length > 1 and cache.known_empty():
             # A prompt into an empty cache: the same attention as without one, over just the slots that were written.
             k, v = cache.k[:, :, :length].to(q.dtype), cache.v[:, :, :length].to(q.dtype)
             out = ops.attention(q, k, v, causal=True, sliding_window=self.sliding_window, scale=self.scale)
@@ -209,6 +206,20 @@ class ParallelAttention(TensorParallelLayer):
                 q, cache.k, cache.v, lengths, scale=self.scale, sliding_window=self.sliding_window
             )
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, self._width_local))
+
+    def _rotation(
+        self, positions: torch.Tensor | None, max_len: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Rotation tables, and the rows of them to take (None: those of the cache slots)."""
+        if positions is None:
+            return *self._tables(max_len, device), None
+        if not positions.is_cuda:
+            return *self._tables(max(max_len, int(positions.max()) + 1), device), positions
+        # The largest position is on the GPU, and asking for it would stall it: one row for each token instead.
+        if self.rope is None:
+            return *self._tables(max_len, device), None
+        cos, sin = self.rope(positions.reshape(-1))
+        return cos, sin, torch.arange(positions.numel(), device=device).view(positions.shape)
 
     def _tables(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotation tables of at least ``length`` rows; without a rotary embedding, those of no rotation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,14 +22,18 @@ class LayerKVCache:
         k: [B, Hkv, max_len, D], Hkv being this rank's KV heads.
         v: like ``k``.
         lengths: int64 [B], shared by the layers of a model.
+        host_lengths: the same numbers as a list that its owner keeps up to date, so that nobody has to wait for a GPU
+            to learn whether the cache is empty; None if there is no such list.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
 
-    __slots__ = ("batch_size", "head_dim", "k", "lengths", "max_len", "num_kv_heads", "v")
+    __slots__ = ("batch_size", "head_dim", "host_lengths", "k", "lengths", "max_len", "num_kv_heads", "v")
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor):
+    def __init__(
+        self, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, host_lengths: Sequence[int] | None = None
+    ):
         if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype:
             raise ValueError(
                 f"expected k and v of one shape [B, Hkv, max_len, D] and dtype, got {list(k.shape)} {k.dtype} and "
@@ -36,8 +41,21 @@ class LayerKVCache:
             )
         if lengths.dtype != torch.int64 or lengths.shape != k.shape[:1]:
             raise ValueError(f"expected int64 lengths [{k.shape[0]}], got {list(lengths.shape)} {lengths.dtype}")
-        self.k, self.v, self.lengths = k, v, lengths
+        self.k, self.v, self.lengths, self.host_lengths = k, v, lengths, host_lengths
         self.batch_size, self.num_kv_heads, self.max_len, self.head_dim = k.shape
+
+    def known_empty(self) -> bool:
+        """Whether no row holds a token yet.
+
+        On a GPU only ``host_lengths`` says so; without them this waits for the GPU, and is False, which is always safe,
+        while a CUDA graph is being captured.
+        """
+        if self.lengths.is_cuda:
+            if self.host_lengths is not None:
+                return not any(self.host_lengths)
+            if torch.cuda.is_current_stream_capturing():
+                return False
+        return not self.lengths.any()
 
     @classmethod
     def allocate(

@@ -435,10 +435,21 @@ class RowParallelLinear(_ParallelLinear):
             x = scatter_to_tensor_parallel(x, self.group, dim=-1, sizes=self.partition)
         else:
             check_input(x, self.in_features_local, weight, self)
-        out, bias = ops.linear(x, weight), self.bias
-        if self.sequence_parallel:
+        return self.reduce_partial(ops.linear(x, weight))
+
+    def reduce_partial(self, out: torch.Tensor):
+        """What follows the local matmul: the sum over the ranks, then the bias.
+
+        Args:
+            out: [..., out_features], this rank's ``x @ weight.T``; may be overwritten.
+
+        Returns:
+            As ``forward``.
+        """
+        bias = self.bias
+        if self.sequence_parallel and self.tp_size > 1:
             if out.dim() < 2:
-                raise ValueError(f"expected an input [..., sequence, features], got {list(x.shape)}")
+                raise ValueError(f"expected an input [..., sequence, features], got one that gives {list(out.shape)}")
             sizes = shard_range_sizes(out.shape[_SEQUENCE_DIM], self.tp_size)
             out = reduce_scatter_to_sequence_parallel(out, self.group, dim=_SEQUENCE_DIM, sizes=sizes)
             if bias is not None:

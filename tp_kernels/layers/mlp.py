@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from tp_kernels import ops
 from tp_kernels.layers.base import TensorParallelLayer
 from tp_kernels.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from tp_kernels.ops._gpu import on_gpu
+from tp_kernels.ops._library import needs_grad
 
 __all__ = ["ParallelMLP"]
 
@@ -69,11 +71,28 @@ class ParallelMLP(TensorParallelLayer):
         gate_up = self.gate_up_proj
         x = gate_up.parallel_input(x)
         if self.activation == "silu":
+            if self._trains_fused(x):
+                out = ops.swiglu_mlp(x, gate_up.weight, self.down_proj.weight, gate_up.bias)
+                return self.down_proj.reduce_partial(out)
             hidden = ops.swiglu_linear(x, gate_up.weight, gate_up.bias)
         else:
             gate, up = ops.linear(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
             hidden = _GATES[self.activation](gate) * up
         return self.down_proj(hidden)
+
+    def _trains_fused(self, x: torch.Tensor) -> bool:
+        """Whether the fused MLP takes over the down projection's matmul: for its backward, on GPUs.
+
+        Not where that projection overlaps its matmul with communication, or is not the stock one.
+        """
+        gate_up, down = self.gate_up_proj, self.down_proj
+        return (
+            on_gpu(x)
+            and needs_grad(x, gate_up.weight, gate_up.bias, down.weight)
+            and type(down) is RowParallelLinear
+            and down.overlap in ("auto", "none")
+            and not (down._forward_hooks or down._forward_pre_hooks or down._backward_hooks or down._backward_pre_hooks)
+        )
 
     @classmethod
     def from_linear(

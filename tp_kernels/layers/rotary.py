@@ -77,12 +77,23 @@ class RotaryEmbedding:
             inv_freq = _llama3(inv_freq, scaling)
         self.inv_freq = inv_freq
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._inv_freq_on: dict[torch.device, torch.Tensor] = {}
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """fp32 (cos, sin), each [..., head_dim] with equal halves, for integer ``positions`` [...], on their device."""
-        angles = positions.unsqueeze(-1).to(torch.float32) * self.inv_freq.to(positions.device)
+        angles = positions.unsqueeze(-1).to(torch.float32) * self._frequencies(positions.device)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
+
+    def _frequencies(self, device: torch.device) -> torch.Tensor:
+        """``inv_freq`` on ``device``, copied there once: a copy from the host cannot be captured in a CUDA graph."""
+        if device == self.inv_freq.device:
+            return self.inv_freq
+        found = self._inv_freq_on.get(device)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._inv_freq_on[device] = self.inv_freq.to(device)
+        return found
 
     def tables(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """fp32 (cos, sin) of positions 0 .. P-1 with P >= ``length``, each [P, head_dim]; kept for the next call."""

@@ -7,12 +7,27 @@ where no faster path was measured.
 from tp_kernels.ops._explain import Path, explain
 from tp_kernels.ops.attention import attention, attention_reference
 from tp_kernels.ops.cpu_weights import advise_huge
+from tp_kernels.ops.cross_entropy import (
+    cross_entropy,
+    cross_entropy_backward,
+    cross_entropy_backward_reference,
+    cross_entropy_reference,
+    cross_entropy_stats,
+    cross_entropy_stats_reference,
+)
 from tp_kernels.ops.decode_attention import decode_attention, decode_attention_reference
+from tp_kernels.ops.flash_attention import (
+    flash_attention,
+    flash_attention_reference,
+    flash_attention_varlen,
+    flash_attention_varlen_reference,
+)
 from tp_kernels.ops.linear import linear, linear_reference
 from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tp_kernels.ops.qkv import qkv_rope_cache, qkv_rope_cache_reference
 from tp_kernels.ops.rope import apply_rope, apply_rope_reference
 from tp_kernels.ops.swiglu import silu_mul, silu_mul_reference, swiglu_linear, swiglu_linear_reference
+from tp_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_reference
 
 __all__ = [
     "Path",
@@ -23,9 +38,19 @@ __all__ = [
     "apply_rope_reference",
     "attention",
     "attention_reference",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_backward_reference",
+    "cross_entropy_reference",
+    "cross_entropy_stats",
+    "cross_entropy_stats_reference",
     "decode_attention",
     "decode_attention_reference",
     "explain",
+    "flash_attention",
+    "flash_attention_reference",
+    "flash_attention_varlen",
+    "flash_attention_varlen_reference",
     "linear",
     "linear_reference",
     "qkv_rope_cache",
@@ -36,4 +61,6 @@ __all__ = [
     "silu_mul_reference",
     "swiglu_linear",
     "swiglu_linear_reference",
+    "swiglu_mlp",
+    "swiglu_mlp_reference",
 ]

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tp_kernels._native import native
+from tp_kernels.ops._gpu import on_gpu
+from tp_kernels.ops._gpu_linear import choose_linear, choose_swiglu_linear
 from tp_kernels.ops._library import watched
-from tp_kernels.ops.decode_attention import native_decode_reason
+from tp_kernels.ops.attention import choose_attention
+from tp_kernels.ops.cross_entropy import choose_cross_entropy
+from tp_kernels.ops.decode_attention import choose_decode_attention, native_decode_reason
+from tp_kernels.ops.flash_attention import choose_flash_attention, choose_flash_attention_varlen
 from tp_kernels.ops.linear import native_linear_reason
-from tp_kernels.ops.norm import native_norm_reason
-from tp_kernels.ops.qkv import native_qkv_reason
-from tp_kernels.ops.swiglu import native_silu_mul_reason
+from tp_kernels.ops.norm import choose_add_rms_norm, choose_rms_norm, native_norm_reason
+from tp_kernels.ops.qkv import choose_qkv_rope_cache, native_qkv_reason
+from tp_kernels.ops.rope import choose_apply_rope
+from tp_kernels.ops.swiglu import choose_silu_mul, native_silu_mul_reason
+from tp_kernels.ops.swiglu_mlp import choose_swiglu_backward
+from tp_kernels.ops.tuning import Choice
 
 __all__ = ["Path", "explain"]
 
-_REASONS: dict[str, Callable[..., str | None]] = {
+_ON_CPU: dict[str, Callable[..., str | None]] = {
     "linear": native_linear_reason,
     "swiglu_linear": native_linear_reason,
     "silu_mul": native_silu_mul_reason,
@@ -27,15 +36,33 @@ _REASONS: dict[str, Callable[..., str | None]] = {
     "qkv_rope_cache": native_qkv_reason,
     "decode_attention": native_decode_reason,
 }
-_TORCH_ONLY = ("attention", "apply_rope")
+_ON_GPU: dict[str, Callable[..., Choice]] = {
+    "linear": choose_linear,
+    "swiglu_linear": choose_swiglu_linear,
+    "silu_mul": choose_silu_mul,
+    "rms_norm": choose_rms_norm,
+    "add_rms_norm": choose_add_rms_norm,
+    "qkv_rope_cache": choose_qkv_rope_cache,
+    "apply_rope": choose_apply_rope,
+    "attention": choose_attention,
+    "flash_attention": choose_flash_attention,
+    "flash_attention_varlen": choose_flash_attention_varlen,
+    "decode_attention": choose_decode_attention,
+    "swiglu_mlp": choose_swiglu_backward,
+    "cross_entropy": choose_cross_entropy,
+}
 
 
 @dataclass(frozen=True)
 class Path:
-    """A path: ``name`` is "native-cpu" or "torch", ``reason`` says why."""
+    """A path: ``name`` is "native-cpu", "triton", "gluon", "gemv", "skinny" or "torch"; ``reason`` says why.
+
+    ``config`` is the measured configuration of a GPU kernel; empty for its default one and for every other path.
+    """
 
     name: str
     reason: str
+    config: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -43,6 +70,8 @@ class Path:
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Path:
     """Which path ``op(*args, **kwargs)`` would take now, without running it.
+
+    On a GPU the reason carries the figures that decided, or says that this GPU was not measured.
 
     Args:
         op: an op of this package or its name, for example ``"linear"``.
@@ -53,11 +82,15 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Path:
         native-cpu: avx512 kernel, 2 threads
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
-    if name in _TORCH_ONLY:
-        return Path("torch", "PyTorch's own kernels are the only path of this op")
-    if name not in _REASONS:
-        raise ValueError(f"expected one of {', '.join((*_REASONS, *_TORCH_ONLY))}, got {name!r}")
-    reason = _REASONS[name](*args, **kwargs)
+    if name not in _ON_GPU:
+        raise ValueError(f"expected one of {', '.join(_ON_GPU)}, got {name!r}")
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if first is not None and on_gpu(first):
+        choice = _ON_GPU[name](*args, **kwargs)
+        return Path(choice.path, choice.reason, dict(choice.config))
+    if name not in _ON_CPU:
+        return Path("torch", "PyTorch's own kernels are the only path of this op on the CPU")
+    reason = _ON_CPU[name](*args, **kwargs)
     if reason is not None:
         return Path("torch", reason)
     threads = torch.get_num_threads()

@@ -8,9 +8,12 @@ Native CPU path (few rows of x, no gradient): accumulates in fp32 and rounds onc
 product in a fixed order, so its bits depend on neither the threads, nor the other rows of ``x``, nor the other rows of
 ``weight``: a column-sharded result equals the same columns of the unsharded one.
 
-Where it wins (2 cores of Zen 4, fp32, one row): it reads the weights at the speed of a plain read, PyTorch at 10-11
-GB/s with one thread or two; see ``benchmarks/bench_cpu_ops.py``. Rejected: eight rows of weights side by side without
-prefetching in memory order (12 of 26 GB/s); splitting K over threads (bits would depend on the number of threads).
+On GPUs cuBLAS, or one of our kernels with everything in its epilogue (accumulates in fp32, rounds once) where that was
+measured to be faster; see ``_gpu_linear``. There the bits depend on the kernel chosen, hence on the number of rows.
+
+Where the CPU path wins (2 cores of Zen 4, fp32, one row): it reads the weights at the speed of a plain read, PyTorch at
+10-11 GB/s with one thread or two; see ``benchmarks/bench_cpu_ops.py``. Rejected: eight rows of weights side by side
+without prefetching in memory order (12 of 26 GB/s); splitting K over threads (bits would depend on how many there are).
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tp_kernels._native import native
+from tp_kernels.ops._activation import ACTIVATION_CODES, ACTIVATIONS, activate
+from tp_kernels.ops._gpu import autocast_dtype, on_gpu, takes_kernels
+from tp_kernels.ops._gpu_linear import gpu_linear, linear_with_gradient
 from tp_kernels.ops._library import (
     CPU_DTYPES,
     PLAIN_TYPES,
@@ -33,10 +39,6 @@ from tp_kernels.ops._library import (
 
 __all__ = ["ACTIVATIONS", "linear", "linear_reference"]
 
-# Codes of csrc/cpu/kernels.h.
-_ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-ACTIVATIONS = tuple(name for name in _ACTIVATION_CODES if name is not None)
-
 # Most rows of x for which streaming the weights is at least as fast as PyTorch's GEMM: fp32, bf16, fp16 (dtype codes).
 # Measured on Zen 4, one thread: at 16 rows 1.3-1.5 x PyTorch in fp32; 1.0 x in bf16, which the processor multiplies
 # natively; 4-5 x in fp16, for which PyTorch has no fast GEMM here.
@@ -44,19 +46,6 @@ MAX_NATIVE_ROWS = (16, 8, 64)
 
 _cpu_linear = native.cpu_linear
 _num_threads = torch.get_num_threads
-
-
-def activate(x: Tensor, activation: str | None) -> Tensor:
-    """Apply one of :data:`ACTIVATIONS`, or nothing for None."""
-    if activation is None:
-        return x
-    if activation == "silu":
-        return F.silu(x)
-    if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    return F.relu(x)
 
 
 def linear_reference(
@@ -75,7 +64,7 @@ def check_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None, gated: bool = False
 ) -> None:
     """Raise ValueError for operands that do not fit together."""
-    if activation not in _ACTIVATION_CODES:
+    if activation not in ACTIVATION_CODES:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"expected x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
@@ -180,10 +169,12 @@ def _linear_impl(
     activation: str | None = None,
 ) -> Tensor:
     if plain_cpu(x):
-        out = native_linear(x, weight, bias, residual, _ACTIVATION_CODES.get(activation), False)
+        out = native_linear(x, weight, bias, residual, ACTIVATION_CODES.get(activation), False)
         if out is not None:
             return out
     check_linear(x, weight, bias, residual, activation)
+    if takes_kernels(x):
+        return gpu_linear(x, weight, bias, residual, activation)
     return linear_reference(x, weight, bias, residual, activation)
 
 
@@ -203,6 +194,29 @@ _OP = define_op(
     _linear_impl,
     _linear_fake,
 )
+
+
+def _linear_on_gpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        if weight.dtype is not dtype:
+            # PyTorch keeps the weight that it has cast until the region ends; we would cast it at every call.
+            return linear_reference(x, weight, bias, residual, activation)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        if residual is not None and residual.dtype is not dtype:
+            # A sum is not autocast: the wider dtype of a residual is kept.
+            return _linear_on_gpu(x, weight, bias, None, activation) + residual
+    grad = needs_grad(x, weight, bias, residual)
+    if watched():
+        if not grad:
+            return _OP(x, weight, bias, residual, activation)
+    elif takes_kernels(x):
+        if grad:
+            return linear_with_gradient(x, weight, bias, residual, activation)
+        return gpu_linear(x, weight, bias, residual, activation)
+    return linear_reference(x, weight, bias, residual, activation)
 
 
 def linear(
@@ -228,11 +242,13 @@ def linear(
         ValueError: shapes, dtypes or devices that do not fit together, an unknown activation.
     """
     if watched():
-        if not needs_grad(x, weight, bias, residual):
+        if not on_gpu(x) and not needs_grad(x, weight, bias, residual):
             return _OP(x, weight, bias, residual, activation)
     elif plain_cpu(x) and not needs_grad(x, weight, bias, residual):
-        out = native_linear(x, weight, bias, residual, _ACTIVATION_CODES.get(activation), False)
+        out = native_linear(x, weight, bias, residual, ACTIVATION_CODES.get(activation), False)
         if out is not None:
             return out
     check_linear(x, weight, bias, residual, activation)
+    if on_gpu(x):
+        return _linear_on_gpu(x, weight, bias, residual, activation)
     return linear_reference(x, weight, bias, residual, activation)

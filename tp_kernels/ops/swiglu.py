@@ -6,17 +6,26 @@
 Shapes: ``gate_up`` [..., 2 * I]; ``x`` [..., K], ``w_gate_up`` [2 * I, K], gate rows above up rows; results [..., I].
 The native CPU path computes everything in fp32 and rounds once; PyTorch rounds after each step. The fused form never
 writes the [..., 2 * I] intermediate, and its bits do not depend on threads or on other rows (see ``linear``).
+
+On GPUs ``silu_mul`` and its backward are one pass over memory each (``kernels.silu_mul``), fp32 inside, rounded once.
+``swiglu_linear`` is cuBLAS followed by ``silu_mul``, or one fused kernel where that was measured to be faster; with a
+gradient to come either also stores ``gate_up``, from which the backward starts.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tp_kernels._native import native
+from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, kernels_reason, on_gpu, takes_kernels
 from tp_kernels.ops._library import (
     CPU_DTYPES,
+    PLAIN_TYPES,
     define_op,
     needs_grad,
     new_like,
@@ -25,8 +34,9 @@ from tp_kernels.ops._library import (
     watched,
 )
 from tp_kernels.ops.linear import check_linear, native_linear
+from tp_kernels.ops.tuning import Choice, cached_decision, lookup
 
-__all__ = ["silu_mul", "silu_mul_reference", "swiglu_linear", "swiglu_linear_reference"]
+__all__ = ["choose_silu_mul", "silu_mul", "silu_mul_reference", "swiglu_linear", "swiglu_linear_reference"]
 
 _SILU = 1  # code of csrc/cpu/kernels.h
 _cpu_silu_mul = native.cpu_silu_mul
@@ -70,12 +80,89 @@ def native_silu_mul_reason(gate_up: Tensor) -> str | None:
     return reason
 
 
+class _Plan(NamedTuple):
+    """A decision: "triton" with the kernel's configuration (None: its default), or "torch"."""
+
+    path: str
+    reason: str
+    config: Any = None
+
+
+@cached_decision
+def _plan(op: str, info: GpuInfo, dtype: torch.dtype, m: int, n: int) -> _Plan:
+    """The path of "silu_mul" or "silu_mul_backward" for ``m`` rows of width ``n``."""
+    if dtype not in CPU_DTYPES:
+        return _Plan("torch", f"{dtype} has no kernel")
+    entry = lookup(op, info, dtype, m=m, n=n)
+    if entry is None:
+        return _Plan("triton", f"not measured on {info.name}; one pass over memory instead of PyTorch's several")
+    reason = f"{entry.figures()} ({entry.source})"
+    if entry.path != "triton":
+        return _Plan("torch", reason)
+    from tp_kernels.ops.kernels.silu_mul import Config
+
+    try:
+        return _Plan("triton", reason, Config(**entry.config) if entry.config else None)
+    except TypeError:
+        return _Plan("triton", f"{reason}; the table's configuration is of another version: default; tune again")
+
+
+def _decide(op: str, gate_up: Tensor) -> _Plan:
+    """The plan for a tensor that kernels may take."""
+    double = gate_up.shape[-1]
+    return _plan(op, gpu_of(gate_up), gate_up.dtype, gate_up.numel() // double if double else 0, double // 2)
+
+
+def choose_silu_mul(gate_up: Tensor) -> Choice:
+    """Which GPU path ``silu_mul(gate_up)`` takes, "triton" or "torch", and why."""
+    reason = kernels_reason(gate_up)
+    plan = _Plan("torch", reason) if reason is not None else _decide("silu_mul", gate_up)
+    return Choice(plan.path, plan.reason, {} if plan.config is None else plan.config._asdict())
+
+
+def _gpu_silu_mul(gate_up: Tensor) -> Tensor:
+    plan = _decide("silu_mul", gate_up)
+    if plan.path != "triton":
+        return silu_mul_reference(gate_up).contiguous()
+    from tp_kernels.ops.kernels.silu_mul import silu_mul_forward
+
+    out = new_like(gate_up, gate_up.shape[-1] // 2)
+    silu_mul_forward(out, gate_up, plan.config)
+    return out
+
+
+def silu_mul_gradient(
+    grad: Tensor, gate_up: Tensor, with_hidden: bool = False, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of ``silu_mul`` with respect to ``gate_up`` [..., 2 * I], and on request ``silu_mul(gate_up)`` again.
+
+    Args:
+        grad: [..., I].
+        gate_up: [..., 2 * I].
+        with_hidden: recompute the result, too; it costs one more write, no read.
+        out: where to write the gradient; may be ``gate_up`` itself.
+    """
+    if takes_kernels(gate_up) and type(grad) in PLAIN_TYPES and grad.dtype == gate_up.dtype:
+        plan = _decide("silu_mul_backward", gate_up)
+        if plan.path == "triton":
+            from tp_kernels.ops.kernels.silu_mul import silu_mul_backward
+
+            result = new_like(gate_up, gate_up.shape[-1]) if out is None else out
+            hidden = new_like(gate_up, gate_up.shape[-1] // 2) if with_hidden else None
+            silu_mul_backward(result, grad, gate_up, hidden, plan.config)
+            return result, hidden
+    gate, up = gate_up.chunk(2, dim=-1)
+    hidden = silu_mul_reference(gate_up).contiguous() if with_hidden else None
+    result = torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
+    return (result if out is None else out.copy_(result)), hidden
+
+
 def _silu_mul_impl(gate_up: Tensor) -> Tensor:
     out = _native_silu_mul(gate_up) if plain_cpu(gate_up) else None
     if out is not None:
         return out
     _check_silu_mul(gate_up)
-    return silu_mul_reference(gate_up)
+    return _gpu_silu_mul(gate_up) if takes_kernels(gate_up) else silu_mul_reference(gate_up)
 
 
 def _silu_mul_fake(gate_up: Tensor) -> Tensor:
@@ -84,6 +171,27 @@ def _silu_mul_fake(gate_up: Tensor) -> Tensor:
 
 
 _SILU_MUL_OP = define_op("silu_mul(Tensor gate_up) -> Tensor", _silu_mul_impl, _silu_mul_fake)
+_SILU_MUL_BACKWARD_OP = define_op(
+    "silu_mul_backward(Tensor grad, Tensor gate_up) -> Tensor",
+    lambda grad, gate_up: silu_mul_gradient(grad, gate_up)[0],
+    lambda grad, gate_up: gate_up.new_empty(gate_up.shape),
+)
+
+
+def _gate_up_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
+    return _SILU_MUL_BACKWARD_OP(grad, gate_up) if watched() else silu_mul_gradient(grad, gate_up)[0]
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _SILU_MUL_OP(gate_up) if watched() else _gpu_silu_mul(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _gate_up_gradient(grad, *ctx.saved_tensors)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -106,6 +214,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         if out is not None:
             return out
     _check_silu_mul(gate_up)
+    if on_gpu(gate_up):
+        if watched():
+            return _SiluMul.apply(gate_up)
+        if takes_kernels(gate_up):
+            return _SiluMul.apply(gate_up) if needs_grad(gate_up) else _gpu_silu_mul(gate_up)
     return silu_mul_reference(gate_up)
 
 
@@ -115,6 +228,8 @@ def _swiglu_linear_impl(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None
         if out is not None:
             return out
     check_linear(x, w_gate_up, bias, None, None, True)
+    if takes_kernels(x):
+        return _gpu_forward(x, w_gate_up, bias, False)[0]
     return _silu_mul_impl(F.linear(x, w_gate_up, bias))
 
 
@@ -126,6 +241,88 @@ def _swiglu_linear_fake(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None
 _SWIGLU_OP = define_op(
     "swiglu_linear(Tensor x, Tensor w_gate_up, Tensor? bias=None) -> Tensor", _swiglu_linear_impl, _swiglu_linear_fake
 )
+
+
+def _gpu_forward(x: Tensor, w_gate_up: Tensor, bias: Tensor | None, save_gate_up: bool) -> tuple[Tensor, Tensor | None]:
+    """(result, ``gate_up`` for the backward or None); operands of one dtype that kernels may take."""
+    from tp_kernels.ops._gpu_linear import gpu_swiglu_linear
+
+    return gpu_swiglu_linear(x, w_gate_up, bias, save_gate_up)
+
+
+def _forward_impl(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    check_linear(x, w_gate_up, bias, None, None, True)
+    if takes_kernels(x):
+        return _gpu_forward(x, w_gate_up, bias, True)
+    gate_up = F.linear(x, w_gate_up, bias)
+    return _silu_mul_impl(gate_up), gate_up
+
+
+def _forward_fake(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _swiglu_linear_fake(x, w_gate_up, bias), x.new_empty((*x.shape[:-1], w_gate_up.shape[0]))
+
+
+_FORWARD_OP = define_op(
+    "swiglu_linear_forward(Tensor x, Tensor w_gate_up, Tensor? bias=None) -> (Tensor, Tensor)",
+    _forward_impl,
+    _forward_fake,
+)
+
+
+def swiglu_forward(
+    x: Tensor, w_gate_up: Tensor, bias: Tensor | None, save_gate_up: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(result, ``gate_up`` or None) on GPUs, for autograd functions: through an op where something watches."""
+    if not watched():
+        return _gpu_forward(x, w_gate_up, bias, save_gate_up)
+    return _FORWARD_OP(x, w_gate_up, bias) if save_gate_up else (_SWIGLU_OP(x, w_gate_up, bias), None)
+
+
+def linear_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``x @ weight.T + bias`` with respect to x, weight and bias, where wanted."""
+    rows = as_rows(grad)
+    grad_x = (rows @ weight).view(x.shape) if wanted[0] else None
+    return grad_x, rows.t() @ as_rows(x) if wanted[1] else None, rows.sum(0) if wanted[2] else None
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., W] as [M, W]; empty ones, too."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+class _SwigluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_gate_up: Tensor, bias: Tensor | None) -> Tensor:
+        out, gate_up = swiglu_forward(x, w_gate_up, bias, True)
+        ctx.save_for_backward(x, w_gate_up, gate_up)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, w_gate_up, gate_up = ctx.saved_tensors
+        return linear_gradients(_gate_up_gradient(grad, gate_up), x, w_gate_up, ctx.needs_input_grad)
+
+
+def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands in autocast's dtype for the first of them; unchanged outside autocast."""
+    dtype = autocast_dtype(tensors[0])
+    return tensors if dtype is None else tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def _swiglu_linear_gpu(x: Tensor, w_gate_up: Tensor, bias: Tensor | None) -> Tensor:
+    x, w_gate_up, bias = under_autocast(x, w_gate_up, bias)
+    if watched():
+        if needs_grad(x, w_gate_up, bias):
+            return _SwigluLinear.apply(x, w_gate_up, bias)
+        return _SWIGLU_OP(x, w_gate_up, bias)
+    if not takes_kernels(x) or type(w_gate_up) not in PLAIN_TYPES:
+        return silu_mul(F.linear(x, w_gate_up, bias))
+    if needs_grad(x, w_gate_up, bias):
+        return _SwigluLinear.apply(x, w_gate_up, bias)
+    return _gpu_forward(x, w_gate_up, bias, False)[0]
 
 
 def swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -143,11 +340,13 @@ def swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> T
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     if watched():
-        if not needs_grad(x, w_gate_up, bias):
+        if not on_gpu(x) and not needs_grad(x, w_gate_up, bias):
             return _SWIGLU_OP(x, w_gate_up, bias)
     elif plain_cpu(x) and not needs_grad(x, w_gate_up, bias):
         out = native_linear(x, w_gate_up, bias, None, _SILU, True)
         if out is not None:
             return out
     check_linear(x, w_gate_up, bias, None, None, True)
+    if on_gpu(x):
+        return _swiglu_linear_gpu(x, w_gate_up, bias)
     return silu_mul(F.linear(x, w_gate_up, bias))

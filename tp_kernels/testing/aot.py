@@ -29,7 +29,7 @@ from typing import Any
 from tp_kernels.ops._gpu import A100, H100, GpuInfo, pretend
 from tp_kernels.ops.kernels.launch import AotCase, Launch, recording
 
-__all__ = ["Report", "cases_of", "check_report", "compile_case", "compile_launch", "kernel_modules"]
+__all__ = ["Report", "cases_of", "check_report", "compile_case", "compile_launch", "compile_only", "kernel_modules"]
 
 # 16 bytes a thread, or a bulk copy.
 _WIDE_LOADS = re.compile(
@@ -60,8 +60,8 @@ class Report:
         return asdict(self)
 
 
-def compile_launch(launch: Launch, capability: int, name: str = "") -> tuple[Report, Any]:
-    """Compile one recorded launch for a compute capability; returns the report and Triton's compiled kernel."""
+def compile_only(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel of one recorded launch, as its launcher would compile it (and from the same cache)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -73,13 +73,17 @@ def compile_launch(launch: Launch, capability: int, name: str = "") -> tuple[Rep
     bind = create_function_from_signature(inspect.signature(kernel.fn), kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **launch.options, debug=False)
     options, signature, constexprs, attrs = kernel._pack_args(backend, dict(options), bound, specialization, None)
-    source_type = _source_type(kernel)
-    source = source_type(kernel, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    source = _source_type(kernel)(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def compile_launch(launch: Launch, capability: int, name: str = "") -> tuple[Report, Any]:
+    """Compile one recorded launch for a compute capability; returns the report and Triton's compiled kernel."""
+    compiled = compile_only(launch, capability)
     ptx, (registers, stack) = compiled.asm["ptx"], _resources(compiled.asm["cubin"])
     report = Report(
         case=name,
-        kernel=kernel.fn.__name__,
+        kernel=launch.kernel.fn.__name__,
         capability=capability,
         registers=registers,
         stack=stack,

@@ -1,6 +1,6 @@
 """Triton and Gluon kernels, one family a file, with the launchers and configurations that go with them.
 
-Nothing here is imported before the first GPU tensor arrives: ``import tp_kernels`` neither needs nor loads Triton.
+No kernel is imported before the first GPU tensor arrives: ``import tp_kernels`` neither needs nor loads Triton.
 Every module has the same parts, in this order:
 
     kernels                          ``@triton.jit`` or ``@gluon.jit``, private

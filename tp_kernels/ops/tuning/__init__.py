@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "REACH",
     "Choice",
     "Entry",
+    "cached_decision",
     "dtype_class",
     "forget_tables",
     "lookup",
@@ -108,10 +110,22 @@ def _tables(slug: str) -> tuple[dict[tuple[str, str], list[Entry]], ...]:
     return read_table(user_table(slug)), read_table(shipped_table(slug))
 
 
+_decisions: list[Any] = []
+
+
+def cached_decision(function: Callable[..., Any]) -> Any:
+    """``lru_cache`` for what an op makes of its entries, forgotten together with the tables."""
+    cached = lru_cache(maxsize=4096)(function)
+    _decisions.append(cached)
+    return cached
+
+
 def forget_tables() -> None:
     """Read the tables again at the next lookup (after tuning)."""
     _tables.cache_clear()
     _nearest.cache_clear()
+    for cached in _decisions:
+        cached.cache_clear()
 
 
 def lookup(op: str, info: GpuInfo, dtype: torch.dtype, **sizes: int) -> Entry | None:

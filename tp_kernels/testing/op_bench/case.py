@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tp_kernels.checkpoint.sharding import shard_heads_sizes, shard_range_sizes, shard_width_sizes
+from tp_kernels.ops._gpu import H100, GpuInfo, gpu_of, on_gpu
 
-__all__ = ["MODELS", "Case", "Own", "Shapes", "randn"]
+__all__ = ["MODELS", "Case", "Own", "Shapes", "compiled", "randn", "this_gpu"]
 
 Result = Any  # a tensor or a tuple of tensors
 
@@ -103,3 +104,22 @@ MODELS: dict[str, Shapes] = {
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Normal random numbers on the generator's device."""
     return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(dtype)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of ``function`` at its first call, free of the recompilation limit of earlier shapes."""
+    made: list[Callable[..., Any]] = []
+
+    def call(*inputs: Any) -> Any:
+        if not made:
+            torch.compiler.reset()
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*inputs)
+
+    return call
+
+
+def this_gpu() -> GpuInfo:
+    """The GPU whose configurations are listed; an H100 where there is none."""
+    probe = torch.empty(0, device="cuda") if torch.cuda.is_available() else torch.empty(0)
+    return gpu_of(probe) if on_gpu(probe) else H100

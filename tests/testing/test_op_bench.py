@@ -1,0 +1,68 @@
+"""The op benchmarks run, and every competitor in them is right. Tier: no device (Triton's interpreter), GPU.
+
+Tiny shapes: what is tested is the benchmarks themselves, so that none fails for the first time on a lent GPU.
+"""
+
+import pytest
+import torch
+
+from tp_kernels.ops._gpu import H100, pretend
+from tp_kernels.testing.op_bench import report
+from tp_kernels.testing.op_bench.runner import Selection, bench_names, rows_of, run_case, select_cases
+
+HAS_GPU = torch.cuda.is_available()
+# Peers that compile take seconds each and prove nothing here.
+SLOW_PEERS = ("torch.compile",)
+
+
+@pytest.fixture
+def device():
+    if HAS_GPU:
+        yield "cuda"
+        return
+    with pretend(H100):
+        yield "cpu"
+
+
+@pytest.mark.parametrize("name", bench_names())
+def test_every_competitor_is_right(name, device):
+    selection = Selection(ops=(name,), models=("tiny",), tps=(2,), dtypes=(torch.float16,), rows=(3,))
+    rows, ops = [], set()
+    for case in select_cases(selection):
+        if case.op in ops and not HAS_GPU:
+            continue  # one shape of each op is enough for the interpreter
+        ops.add(case.op)
+        assert case.bytes or case.flops, f"{case.op}: neither bytes nor operations are counted"
+        names = [*case.peers, *(f"own:{path}" for path in case.own), *(["op"] if case.public else [])]
+        assert "torch" in case.peers and case.own, f"{case.op}: needs a fallback and a path of ours"
+        with torch.set_grad_enabled(bool(case.extra.get("grad", False))):
+            only = [name for name in names if name not in SLOW_PEERS]
+            result = run_case(case, device, rounds=1, only=only)
+        bad = {name: verdict for name, verdict in result.verdicts.items() if not verdict.good}
+        assert not bad, f"{case.op} {case.label}: {bad}"
+        assert set(result.times) == set(only)
+        rows += rows_of(result, None)
+    assert rows
+    assert all(line["wrong_or_failed"] == 0 for line in report.summary(rows))
+
+
+@pytest.mark.parametrize("name", bench_names())
+def test_real_shapes_have_configurations_that_fit(name):
+    """Configurations are dicts that a table can hold; sizes are those of one rank."""
+    import json
+
+    count = 0
+    for case in select_cases(Selection(ops=(name,), models=("llama3-8b", "qwen3-8b"), tps=(1, 8))):
+        count += 1
+        assert all(isinstance(size, int) for size in case.sizes.values()), case.sizes
+        for own in case.own.values():
+            for config in own.configs:
+                assert json.loads(json.dumps(dict(config))) == dict(config)
+    assert count
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="unknown op 'nonsense'; expected one of"):
+        list(select_cases(Selection(ops=("nonsense",))))
+    with pytest.raises(ValueError, match=r"unknown model 'gpt5'; expected one of llama3-8b"):
+        list(select_cases(Selection(models=("gpt5",))))

@@ -1,0 +1,65 @@
+"""Zeroed counters for kernels whose last arrival finishes the work of a launch.
+
+Such a kernel needs one int32 zero an output block before it starts and leaves zeros behind, so nothing has to be
+cleared between launches, as long as no two launches that can run at the same time use the same counter:
+
+- Eager launches of one stream run one after the other: they share the counters of that (device, stream).
+- A launch that is being captured runs whenever the graph is replayed, in any stream, beside eager launches of the
+  stream it was captured in. It gets counters that no other launch, captured or not, ever gets. They come from a block
+  that is zeroed once, at the first eager use of the device (a warm-up precedes every capture), and are not given back:
+  4 bytes a counter, 256 Ki counters a device. A capture that finds none left, or no block at all, allocates its own
+  and captures their zeroing with it: one more node in the graph, the same result.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+__all__ = ["forget_captures", "take_counters"]
+
+_CAPTURED = 1 << 18  # counters for captured launches, 1 MiB a device
+_EAGER = 1 << 12  # fewest counters of a stream
+
+_blocks: dict[int, Tensor] = {}
+_of_stream: dict[tuple[int, int], Tensor] = {}
+_for_captures: dict[int, Tensor] = {}  # what is left of the block of a device
+_capturing = threading.Lock()
+
+
+def take_counters(x: Tensor, count: int) -> Tensor:
+    """At least ``count`` int32 zeros on the device of ``x`` for one launch in the current stream."""
+    if not x.is_cuda:
+        return torch.zeros(count, dtype=torch.int32, device=x.device)
+    index = x.get_device()
+    if torch.cuda.is_current_stream_capturing():
+        # In whole lines of 32, so that launches that run at once do not share a cache line.
+        wanted = -(-count // 32) * 32
+        with _capturing:
+            left = _for_captures.get(index)
+            if left is not None and left.numel() >= wanted:
+                _for_captures[index] = left[wanted:]
+                return left[:wanted]
+        return torch.zeros(count, dtype=torch.int32, device=x.device)
+    key = (index, torch.cuda.current_stream(index).cuda_stream)
+    counters = _of_stream.get(key)
+    if counters is None or counters.numel() < count:
+        # Zeroed in the stream that uses it; an outgrown one is freed into the same stream.
+        counters = _of_stream[key] = torch.zeros(max(count, _EAGER), dtype=torch.int32, device=x.device)
+        if index not in _for_captures:
+            block = torch.zeros(_CAPTURED, dtype=torch.int32, device=x.device)
+            # Graphs are replayed in any stream: once in the life of the process the zeros are waited for here.
+            torch.cuda.current_stream(index).synchronize()
+            _blocks[index] = _for_captures[index] = block
+    return counters
+
+
+def forget_captures() -> None:
+    """Give captured launches' counters out anew: for a benchmark that captures and drops thousands of graphs.
+
+    No graph captured before may be replayed afterwards.
+    """
+    with _capturing:
+        _for_captures.update(_blocks)

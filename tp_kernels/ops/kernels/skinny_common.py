@@ -1,0 +1,147 @@
+"""What the kernels for a few rows share: checks of their operands, and fetching weights into L2 ahead of time."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tp_kernels.ops.kernels.epilogue import activate, silu
+
+__all__ = ["check_operands", "fetch_into_l2", "fetched_columns", "finish", "next_power_of_2"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATIONS = (None, "silu", "gelu", "gelu_tanh", "relu")
+
+
+@triton.jit
+def fetch_into_l2(
+    weight_ptr, stride_weight, n0, N, k_begin, K, GATES: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """Ask for COLUMNS columns of this block's rows of the weights, from ``k_begin`` on, without waiting for them.
+
+    Costs neither registers nor shared memory. A few threads of every warp name one piece of a row each: the
+    instruction takes uniform registers, so the compiler makes a loop over the threads that issue it, and a tensor with
+    fewer elements than threads would be fetched once by every replica. See ``fetched_columns``.
+    """
+    PIECES: tl.constexpr = max(GATES * BLOCK_N, THREADS // 32)
+    PIECE: tl.constexpr = GATES * BLOCK_N * COLUMNS // PIECES
+    IDLE: tl.constexpr = THREADS // PIECES
+    i = tl.arange(0, THREADS)
+    row = i // (IDLE * (COLUMNS // PIECE))
+    row = (row // BLOCK_N) * N + tl.minimum(n0 + row % BLOCK_N, N - 1)
+    # Beyond the end of a row the last piece is asked for again, which costs nothing.
+    column = tl.minimum(k_begin + (i // IDLE) % (COLUMNS // PIECE) * PIECE, K - PIECE)
+    address = (weight_ptr + row.to(tl.int64) * stride_weight + column).to(tl.int64)
+    size = tl.full([THREADS], PIECE * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.eq.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [address, size, i % IDLE],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def finish(gate, up, residual, GATES: tl.constexpr, ACTIVATION: tl.constexpr):
+    """``silu(gate) * up``, or ``activation(gate)`` where there is one gate; plus the residual."""
+    y = silu(gate) * up if GATES == 2 else activate(gate, ACTIVATION)
+    return y + residual
+
+
+def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is at least ``value``; 1 for 0."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def fetched_columns(weight: Tensor, tile: int, columns: int, threads: int) -> int:
+    """``columns`` if ``fetch_into_l2`` can take them for a tile of that many rows, else 0."""
+    pieces = max(tile, threads // 32)
+    piece = tile * columns // pieces
+    size = weight.element_size()
+    fits = pieces <= threads and piece > 0 and piece * size % 16 == 0 and piece <= weight.shape[1]
+    return columns if fits and _bulk_addressable(weight, size) else 0
+
+
+def _bulk_addressable(weight: Tensor, size: int) -> bool:
+    """Whether pieces of rows can be copied in bulk: every row starts at, and is, a multiple of 16 bytes."""
+    return (
+        weight.stride(0) * size % 16 == 0
+        and weight.shape[1] * size % 16 == 0
+        and (weight.is_meta or weight.data_ptr() % 16 == 0)
+    )
+
+
+def check_operands(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    gated: bool,
+) -> tuple[int, int, int]:
+    """The sizes (M, N, K) of operands that fit together.
+
+    Raises:
+        ValueError: those that do not.
+    """
+    # A decode step asks some 200 times a token, so what fits is let through by bare comparisons.
+    dtype = x.dtype
+    if x.dim() == 2 and weight.dim() == 2 and dtype in DTYPES and weight.dtype is dtype and out.dtype is dtype:
+        m, k = x.shape
+        rows, columns = weight.shape
+        n = rows // 2 if gated else rows
+        shape = (m, n)
+        if (
+            columns == k
+            and out.shape == shape
+            and (k <= 1 or (x.stride(1) == 1 and weight.stride(1) == 1))
+            and (n <= 1 or out.stride(1) == 1)
+            and (activation is None if gated else activation in ACTIVATIONS)
+            and not (gated and rows % 2)
+            and (bias is None or (bias.dtype is dtype and bias.shape == (rows,) and (rows <= 1 or bias.stride(0) == 1)))
+            and (
+                residual is None
+                or (residual.dtype is dtype and residual.shape == shape and (n <= 1 or residual.stride(1) == 1))
+            )
+        ):
+            return m, n, k
+    raise ValueError(_misfit(out, x, weight, bias, residual, activation, gated))
+
+
+def _misfit(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    gated: bool,
+) -> str:
+    """What does not fit, in words."""
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        return f"expected x [M, K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}"
+    rows = weight.shape[0]
+    if gated and rows % 2:
+        return f"expected gate rows above as many up rows, got {rows} rows"
+    if gated and activation is not None:
+        return f"a gated product has no further activation, got {activation!r}"
+    if not gated and activation not in ACTIVATIONS:
+        return f"activation must be one of {ACTIVATIONS}, got {activation!r}"
+    if x.dtype not in DTYPES:
+        return f"expected float16, bfloat16 or float32, got {x.dtype}"
+    shape = (x.shape[0], rows // 2 if gated else rows)
+    others = {"out": (out, shape), "weight": (weight, weight.shape), "bias": (bias, (rows,))}
+    for name, (tensor, wanted) in {**others, "residual": (residual, shape)}.items():
+        if tensor is not None and tensor.shape != wanted:
+            return f"expected {name} {list(wanted)}, got {list(tensor.shape)}"
+        if tensor is not None and tensor.dtype is not x.dtype:
+            return f"{name} is {tensor.dtype}, x is {x.dtype}"
+    strides = {name: None if t is None else t.stride() for name, t in (("out", out), ("x", x), ("weight", weight))}
+    more = {name: None if t is None else t.stride() for name, t in (("bias", bias), ("residual", residual))}
+    return f"expected dense rows, got strides {strides | more}"
