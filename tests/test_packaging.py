@@ -120,8 +120,8 @@ ALLOWED = {
     "inference": {"models", "checkpoint", "layers", "ops", "comm"},
     "testing": {"comm", "ops", "_native", "version"},
 }
-# A pure leaf that only says which slice a rank owns, and so may be imported from everywhere.
-LEAVES = {"tp_kernels.checkpoint.sharding"}
+# Leaves that may be imported from everywhere: which slice a rank owns; how ranks share a GPU.
+LEAVES = {"tp_kernels.checkpoint.sharding", "tp_kernels.one_gpu"}
 
 
 def _runtime_nodes(tree):
@@ -159,9 +159,10 @@ def test_import_direction(part):
             assert target in ALLOWED[part] | {"version"}, f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_sharding_is_a_leaf():
+def test_leaves_import_nothing_of_the_package():
     for path in (PACKAGE / "checkpoint" / "sharding.py", PACKAGE / "version.py"):
         assert list(_imports(path)) == []
+    assert set(_imports(PACKAGE / "one_gpu.py")) == {"tp_kernels.mps"} and not list(_imports(PACKAGE / "mps.py"))
 
 
 def test_only_native_imports_the_extension_and_only_library_imports_torch_library():

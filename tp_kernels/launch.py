@@ -13,12 +13,13 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tp_kernels.launch_worker import ERROR_DIR, LAUNCHER_PID
+from tp_kernels.one_gpu import SharedGpu
 
 __all__ = ["LaunchError", "RankFailure", "default_threads", "launch", "usable_cores"]
 
@@ -99,19 +100,31 @@ class LaunchError(RuntimeError):
 
 
 def launch(
-    nproc: int, program: Sequence[str], *, threads: int | None = None, env: Mapping[str, str] | None = None
+    nproc: int,
+    program: Sequence[str],
+    *,
+    threads: int | None = None,
+    env: Mapping[str, str] | None = None,
+    one_gpu: bool = False,
+    gpu: int = 0,
+    say: Callable[[str], object] | None = None,
 ) -> None:
     """Run ``nproc`` ranks of a Python program on this host and wait until all have ended.
 
     Each rank gets torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, ...). When one fails the others are ended.
+    With ``one_gpu`` all ranks see the same single GPU, as ``cuda:0``, share it through a private MPS daemon where the
+    machine has MPS, and get what NCCL and SymmetricMemory need for that (see ``tp_kernels.one_gpu``).
 
     Args:
         nproc: how many ranks.
         program: ``["script.py", args...]`` or ``["-m", "package.module", args...]``.
         threads: OMP_NUM_THREADS of each rank; None keeps one that is already set, else shares the cores evenly.
         env: further environment variables of the ranks.
+        one_gpu: put all ranks on one GPU.
+        gpu: which one, among the visible ones; only with ``one_gpu``.
+        say: told in one line how the ranks share the GPU; None prints it to stderr.
     Raises:
-        ValueError: for a bad ``nproc``, ``threads`` or ``program``.
+        ValueError: for a bad ``nproc``, ``threads``, ``program`` or ``gpu``.
         LaunchError: when a rank failed.
         KeyboardInterrupt: on Ctrl-C, after every rank has ended.
     """
@@ -123,17 +136,28 @@ def launch(
         raise ValueError("expected a program to start: a script or `-m module`")
     if program[0] != "-m" and not Path(program[0]).is_file():
         raise ValueError(f"no such script: {program[0]}")
-    with tempfile.TemporaryDirectory(prefix="tp_kernels_") as folder:
+    with contextlib.ExitStack() as stack:
+        shared_gpu: Mapping[str, str] = {}
+        if one_gpu:
+            shared = stack.enter_context(SharedGpu(gpu))
+            (say or _print_to_stderr)(shared.describe(nproc))
+            shared_gpu = shared.environment(nproc)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tp_kernels_"))
         ranks_env = {
             "OMP_NUM_THREADS": str(threads or os.environ.get("OMP_NUM_THREADS") or default_threads(nproc)),
             LAUNCHER_PID: str(os.getpid()),
             ERROR_DIR: folder,
             # All ranks are on this host; a machine whose name does not resolve must not matter to Gloo.
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+            **shared_gpu,
             **(env or {}),
         }
         with _environment(ranks_env), _signal_handlers_restored():
             _run_elastic(nproc, program, Path(folder))
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _run_elastic(nproc: int, program: Sequence[str], folder: Path) -> None:

@@ -15,6 +15,8 @@ import sys
 import time
 import traceback
 
+from tp_kernels.one_gpu import rank_environment
+
 __all__ = ["ERROR_DIR", "LAUNCHER_PID", "bind_to_launcher", "main", "record_error"]
 
 # Environment variables that the launcher sets for its ranks.
@@ -62,6 +64,8 @@ def record_error(error: BaseException) -> None:
 def main() -> None:
     """Run the program named in ``sys.argv[1:]`` as ``__main__``; exit status 1 if it raised."""
     bind_to_launcher(int(os.environ[LAUNCHER_PID]))
+    # The elastic agent gives all ranks one environment; what differs between them is set here, before torch is loaded.
+    os.environ.update(rank_environment(int(os.environ["RANK"])))
     program = sys.argv[1:]
     # The launcher put the folder of this package first, to start from here; a program's own modules come before it.
     home = sys.path.pop(0)

@@ -247,12 +247,11 @@ def test_candidates_fit_and_come_back_from_a_table(head_dim):
         assert flash._shared(config, head_dim, own_out) <= H100.max_shared
 
 
-def test_sections_hold_what_the_cache_holds_but_not_too_few_heads():
-    default = Config(128, 2)
-    assert flash._section(default, 8, 16384, 128) == 8
-    assert flash._section(default, 256, 1024, 128) == 64
-    assert flash._section(default, 256, 1 << 20, 128) == 16
-    assert flash._section(default._replace(kv_heads=2), 256, 1024, 128) == 2
+def test_as_many_heads_side_by_side_as_the_cache_holds_but_not_too_few():
+    assert flash.heads_side_by_side(8, 4 * 16384 * 128) == 8
+    assert flash.heads_side_by_side(256, 4 * 1024 * 128) == 64
+    assert flash.heads_side_by_side(256, 4 * (1 << 20) * 128) == 16
+    assert flash.heads_side_by_side(256, 4 * 1024 * 128, 2) == 2
 
 
 def reason(info=H100, dtype=torch.bfloat16, head_dim=128, q=None, k=None):

@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -110,11 +110,20 @@ class RankPool:
         threads: torch threads per rank.
         group_timeout: default deadline of the group's collectives in seconds; keep it below ``run``'s, so that a stuck
             collective says what it waited for before the pool kills it.
+        environment: called with a rank at every start of the pool, gives that rank's further environment variables.
+            They are set before torch is loaded, so its processes are started afresh and not forked: seconds more.
         options: further keyword arguments for ``ProcessGroupManager.initialize``, for example ``tp_size``.
     """
 
     def __init__(
-        self, world_size: int, *, backend: str = "auto", threads: int = 1, group_timeout: float = 30.0, **options: Any
+        self,
+        world_size: int,
+        *,
+        backend: str = "auto",
+        threads: int = 1,
+        group_timeout: float = 30.0,
+        environment: Callable[[int], Mapping[str, str]] | None = None,
+        **options: Any,
     ):
         if not isinstance(world_size, int) or world_size < 1:
             raise ValueError(f"RankPool: world_size must be an integer >= 1, got {world_size!r}")
@@ -128,6 +137,7 @@ class RankPool:
             **options,
         }
         self._threads = threads
+        self._environment = environment
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._folder: str | None = None
@@ -185,16 +195,23 @@ class RankPool:
         if self._processes and all(process.is_alive() for process in self._processes):
             return
         self._kill()
-        context = multiprocessing.get_context("forkserver")
-        # Only has an effect before the server's start; a server without it works too, only slower.
-        context.set_forkserver_preload(PRELOAD)
+        if self._environment is None:
+            context = multiprocessing.get_context("forkserver")
+            # Only has an effect before the server's start; a server without it works too, only slower.
+            context.set_forkserver_preload(PRELOAD)
+        else:
+            context = multiprocessing.get_context("spawn")
         self._folder = tempfile.mkdtemp(prefix="tp_kernels_pool_")
         setup = dict(self._setup, init_method=f"file://{self._folder}/rendezvous")
         with _hidden_main():
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
+                environment = {} if self._environment is None else dict(self._environment(rank))
                 process = context.Process(
-                    target=_rank_main, args=(theirs, rank, setup, self._threads), name=f"rank-{rank}", daemon=True
+                    target=_rank_main,
+                    args=(theirs, rank, setup, self._threads, environment),
+                    name=f"rank-{rank}",
+                    daemon=True,
                 )
                 process.start()
                 theirs.close()
@@ -325,7 +342,10 @@ def _hidden_main():
 # In the rank's process -----------------------------------------------------------------------------------------------
 
 
-def _rank_main(connection: Connection, rank: int, setup: dict[str, Any], threads: int) -> None:
+def _rank_main(
+    connection: Connection, rank: int, setup: dict[str, Any], threads: int, environment: Mapping[str, str]
+) -> None:
+    os.environ.update(environment)
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends the ranks
     # All ranks are on this host; a machine whose name does not resolve must not matter.
