@@ -6,6 +6,7 @@ where no faster path was measured.
 
 from tp_kernels.ops._explain import Path, explain
 from tp_kernels.ops.attention import attention, attention_reference
+from tp_kernels.ops.column_parallel_linear import column_parallel_linear, column_parallel_linear_reference
 from tp_kernels.ops.cpu_weights import advise_huge
 from tp_kernels.ops.cross_entropy import (
     cross_entropy,
@@ -23,6 +24,11 @@ from tp_kernels.ops.flash_attention import (
     flash_attention_varlen_reference,
 )
 from tp_kernels.ops.linear import linear, linear_reference
+from tp_kernels.ops.linear_all_reduce import (
+    choose_linear_all_reduce,
+    linear_all_reduce,
+    linear_all_reduce_reference,
+)
 from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tp_kernels.ops.qkv import qkv_rope_cache, qkv_rope_cache_reference
 from tp_kernels.ops.rope import apply_rope, apply_rope_reference
@@ -38,6 +44,9 @@ __all__ = [
     "apply_rope_reference",
     "attention",
     "attention_reference",
+    "choose_linear_all_reduce",
+    "column_parallel_linear",
+    "column_parallel_linear_reference",
     "cross_entropy",
     "cross_entropy_backward",
     "cross_entropy_backward_reference",
@@ -52,6 +61,8 @@ __all__ = [
     "flash_attention_varlen",
     "flash_attention_varlen_reference",
     "linear",
+    "linear_all_reduce",
+    "linear_all_reduce_reference",
     "linear_reference",
     "qkv_rope_cache",
     "qkv_rope_cache_reference",

@@ -154,6 +154,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     As in PyTorch, float64 is left alone.
     """
     kind = x.device.type
+    if kind not in ("cuda", "cpu"):  # autocast does not know "meta", under which launches are recorded
+        return None
     if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(kind)
     return None

@@ -26,7 +26,14 @@ from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, kernels_reason
 from tp_kernels.ops._library import PLAIN_TYPES, needs_grad, new_like
 from tp_kernels.ops.tuning import Choice, cached_decision, lookup
 
-__all__ = ["choose_linear", "choose_swiglu_linear", "gpu_linear", "gpu_swiglu_linear", "linear_with_gradient"]
+__all__ = [
+    "choose_linear",
+    "choose_swiglu_linear",
+    "gpu_linear",
+    "gpu_swiglu_linear",
+    "linear_with_gradient",
+    "matmul_by_rows",
+]
 
 # Most rows of x that a path takes; the neighbour that was measured may have had fewer than the call.
 _MOST_ROWS = {"gemv": 8, "skinny": 64}
@@ -227,6 +234,18 @@ def _run_linear(
             rows, _rows(x, k), weight, bias, residual, activation, False, plan.config, weights_ready=weights_ready
         )
     return out
+
+
+def matmul_by_rows(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], object] | None:
+    """How to compute some rows of ``x @ weight.T`` on a GPU as if all of them were computed: ``launch(out, x)``.
+
+    The plan is made for all rows of ``x`` [M, K], which must be dense; None stands for cuBLAS, whose choice for some
+    rows is its own.
+    """
+    plan = _decide("linear", x, weight, None, None) if kernels_reason(x) is None and x.stride(1) == 1 else None
+    if plan is None or plan.path != "triton" or plan.config is None:
+        return None
+    return lambda out, rows: plan.launch(out, rows, weight, None, None, None, plan.config)
 
 
 def _torch_linear(

@@ -3,7 +3,8 @@
     attention(q, k, v) = softmax(q @ k.T * scale + mask) @ v
 
 Shapes: q [B, Hq, T, D]; k, v [B, Hkv, L, D]; query head h uses KV head ``h // (Hq // Hkv)``. On the CPU it is PyTorch's
-scaled_dot_product_attention, without a mask tensor wherever its flash kernels need none.
+scaled_dot_product_attention, without a mask tensor wherever its flash kernels need none; on a GPU calls without an
+explicit mask take the path of ``flash_attention``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["allowed_mask", "attention", "attention_reference", "check_attention", "plain_attention"]
+from tp_kernels.ops._gpu import on_gpu
+from tp_kernels.ops.tuning import Choice
+
+__all__ = [
+    "allowed_mask",
+    "attention",
+    "attention_reference",
+    "check_attention",
+    "choose_attention",
+    "plain_attention",
+    "sdpa_attention",
+]
 
 
 def allowed_mask(query_positions: Tensor, kv_len: int, causal: bool, sliding_window: int | None) -> Tensor | None:
@@ -85,6 +97,46 @@ def attention_reference(
     return plain_attention(q, k, v, scale, _merge_masks(allowed, mask))
 
 
+def sdpa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``attention`` by PyTorch's scaled_dot_product_attention, unchecked."""
+    length, kv_len = q.shape[2], k.shape[2]
+    windowed = sliding_window is not None and (sliding_window < kv_len or not causal)
+    groups = q.shape[1] != k.shape[1]
+    if mask is None and not windowed and (not causal or length == kv_len or length == 1):
+        # No mask tensor: SDPA may take its flash kernels, which know causality.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale, enable_gqa=groups)
+    positions = torch.arange(length, device=q.device) + (kv_len - length)
+    allowed = _merge_masks(allowed_mask(positions, kv_len, causal, sliding_window), mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=groups)
+
+
+def choose_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Choice:
+    """Which GPU path ``attention`` takes for these arguments ("gluon", "triton" or "torch"), and why."""
+    if mask is not None:
+        return Choice("torch", "own kernels take no mask tensor")
+    from tp_kernels.ops.flash_attention import choose_flash_attention
+
+    return choose_flash_attention(q, k, v, causal=causal, sliding_window=sliding_window, scale=scale)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -113,12 +165,9 @@ def attention(
         ValueError: shapes do not match.
     """
     check_attention(q, k, v, sliding_window)
-    length, kv_len = q.shape[2], k.shape[2]
-    windowed = sliding_window is not None and (sliding_window < kv_len or not causal)
-    groups = q.shape[1] != k.shape[1]
-    if mask is None and not windowed and (not causal or length == kv_len or length == 1):
-        # No mask tensor: SDPA may take its flash kernels, which know causality.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale, enable_gqa=groups)
-    positions = torch.arange(length, device=q.device) + (kv_len - length)
-    allowed = _merge_masks(allowed_mask(positions, kv_len, causal, sliding_window), mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=groups)
+    if mask is None and on_gpu(q):
+        # Imported here because that module builds on this one.
+        from tp_kernels.ops.flash_attention import flash_attention
+
+        return flash_attention(q, k, v, causal=causal, sliding_window=sliding_window, scale=scale)
+    return sdpa_attention(q, k, v, causal=causal, sliding_window=sliding_window, scale=scale, mask=mask)

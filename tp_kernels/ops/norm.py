@@ -13,6 +13,7 @@ arrives at the sum added in); its gradients are fp32 inside and rounded once, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from tp_kernels.ops._library import CPU_DTYPES, PLAIN_TYPES, define_op, needs_gr
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_by_rows",
     "add_rms_norm_reference",
     "choose_add_rms_norm",
     "choose_rms_norm",
@@ -189,6 +191,40 @@ def _launch_forward(
     summed = x.new_empty(x.shape)
     kernels.add_rms_norm(out, summed, x, residual, weight, eps, rstd, config, ready)
     return out, summed, rstd
+
+
+def add_rms_norm_by_rows(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Callable[[slice], None], Tensor, Tensor]:
+    """``add_rms_norm`` in pieces: ``(normalise, normed, summed)``, where ``normalise(rows)`` fills these rows of both.
+
+    The bits are those of one call for all rows: path and configuration are chosen for all of them. No gradient is
+    recorded.
+
+    Args:
+        x, residual: [M, H]; rows of ``x`` need not be there before ``normalise`` is called for them.
+        weight, eps: as for ``add_rms_norm``.
+    """
+    _check(x, residual, weight)
+    normed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    summed = torch.empty_like(x)
+    reason, entry = _decide(x, residual, weight, False)
+    if reason is None:
+        from tp_kernels.ops.kernels import norm as kernels
+
+        config = kernels.Config(**entry.config) if entry is not None and entry.config else None
+        config = config or kernels.default_config(gpu_of(x), x.dtype, *x.shape)
+
+        def normalise(rows: slice) -> None:
+            kernels.add_rms_norm(normed[rows], summed[rows], x[rows], residual[rows], weight, eps, None, config)
+
+    else:
+        compute = add_rms_norm_reference if on_gpu(x) else add_rms_norm
+
+        def normalise(rows: slice) -> None:
+            normed[rows], summed[rows] = compute(x[rows], residual[rows], weight, eps)
+
+    return normalise, normed, summed
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:

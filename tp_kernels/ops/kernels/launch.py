@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+import torch
 import triton
 
 __all__ = ["INTERPRETED", "AotCase", "Launch", "launch", "recording"]
@@ -107,4 +109,24 @@ def launch(
             constexprs["launch_pdl"] = True
         if maxnreg is not None:
             constexprs["maxnreg"] = maxnreg
-        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        device = _other_device(args) if _several_gpus() else None
+        if device is None:
+            kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        else:
+            with torch.cuda.device(device):
+                kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+
+
+@lru_cache(maxsize=1)
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _other_device(args: tuple[Any, ...]) -> int | None:
+    """The GPU of the operands if it is not the current one, which is where Triton would launch."""
+    for arg in args:
+        tensor = getattr(arg, "base", arg)  # of a tensor descriptor
+        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+            index = tensor.get_device()
+            return None if index == torch.cuda.current_device() else index
+    return None

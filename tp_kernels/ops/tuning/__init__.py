@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,6 +32,7 @@ __all__ = [
     "Entry",
     "cached_decision",
     "dtype_class",
+    "fingerprint",
     "forget_tables",
     "lookup",
     "read_table",
@@ -126,6 +128,18 @@ def forget_tables() -> None:
     _nearest.cache_clear()
     for cached in _decisions:
         cached.cache_clear()
+
+
+def fingerprint(op: str, info: GpuInfo) -> int:
+    """A number below 2**32 that is equal on ranks that would choose alike for ``op``: same GPU, same entries."""
+    entries = [
+        [kind, entry.sizes, entry.path, entry.config, entry.us]
+        for table in _tables(info.slug)
+        for (name, kind), found in sorted(table.items(), key=lambda item: item[0])
+        if name == op
+        for entry in found
+    ]
+    return zlib.crc32(json.dumps([info.slug, entries], sort_keys=True).encode())
 
 
 def lookup(op: str, info: GpuInfo, dtype: torch.dtype, **sizes: int) -> Entry | None:

@@ -18,7 +18,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_kernels import ops
 from tp_kernels.ops._flash_choice import gluon_module
-from tp_kernels.ops._gpu import gpu_of
 from tp_kernels.testing.op_bench.case import Case, Own, Shapes, randn, this_gpu
 
 __all__ = ["OP", "cases"]
@@ -154,25 +153,34 @@ def _own_forward(module: Any) -> Callable[..., Tensor]:
     return run
 
 
-def _own_backward(
-    config: dict[str, Any] | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor
-) -> tuple[Tensor, ...]:
-    from tp_kernels.ops.kernels import flash_attention_backward as kernels
+def _own_backward(module: Any) -> Callable[..., tuple[Tensor, ...]]:
+    def run(
+        config: dict[str, Any] | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor
+    ) -> tuple[Tensor, ...]:
+        grads = tuple(_like(x) for x in (q, k, v))
+        chosen = module.Config(**config) if config else None
+        module.flash_backward(*grads, grad_out, q, k, v, out, lse, config=chosen, **_options(q, k))
+        return grads
 
-    grads = tuple(_like(x) for x in (q, k, v))
-    chosen = kernels.Config(**config) if config else None
-    kernels.flash_backward(*grads, grad_out, q, k, v, out, lse, config=chosen, **_options(q, k))
-    return grads
+    return run
 
 
-def _gluon_takes(dtype: torch.dtype, heads: int, kv_heads: int, length: int, dim: int) -> bool:
-    """Whether the Hopper kernel would be launched here; asked with a tiny stand-in for the operands."""
-    module = gluon_module()
-    if module is None or not torch.cuda.is_available():
-        return False
-    q = torch.empty(1, 8, heads, dim, dtype=dtype, device="cuda").transpose(1, 2)
-    k = torch.empty(1, 8, kv_heads, dim, dtype=dtype, device="cuda").transpose(1, 2)
-    return module.unsupported_reason(gpu_of(q), dtype, dim, q, k, k, True, None, False) is None
+def _own_paths(
+    triton_module: Any,
+    gluon: Any,
+    make: Callable[[Any], Callable[..., Any]],
+    place: tuple[Any, ...],
+    heads: int,
+    kv: int,
+) -> dict[str, Own]:
+    """Our paths by name; the Hopper kernel is asked with a tiny stand-in for the operands."""
+    modules = {"triton": triton_module}
+    info, dtype, dim = place[:3]
+    if gluon is not None and torch.cuda.is_available():
+        q, k = (torch.empty(1, 8, h, dim, dtype=dtype, device="cuda").transpose(1, 2) for h in (heads, kv))
+        if gluon.unsupported_reason(info, dtype, dim, q, k, k, True, None, False) is None:
+            modules["gluon"] = gluon
+    return {name: Own(make(m), [c._asdict() for c in m.candidates(*place)]) for name, m in modules.items()}
 
 
 def cases(model: Shapes, tp: int, dtype: torch.dtype, rows: Sequence[int] | None = None) -> Iterator[Case]:
@@ -201,10 +209,6 @@ def cases(model: Shapes, tp: int, dtype: torch.dtype, rows: Sequence[int] | None
             kernels.flash_forward(out, lse, q, k, v, **_options(q, k))
             return q, k, v, out, lse, randn(generator, *_like(q).transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
-        own = {"triton": Own(_own_forward(kernels), [c._asdict() for c in kernels.candidates(*place)])}
-        if _gluon_takes(dtype, heads, kv_heads, length, dim):
-            gluon = gluon_module()
-            own["gluon"] = Own(_own_forward(gluon), [c._asdict() for c in gluon.candidates(*place)])
         yield Case(
             op="flash_attention",
             label=label,
@@ -213,7 +217,7 @@ def cases(model: Shapes, tp: int, dtype: torch.dtype, rows: Sequence[int] | None
             inputs=inputs,
             reference=_reference,
             peers=_peers(False),
-            own=own,
+            own=_own_paths(kernels, gluon_module(), _own_forward, place, heads, kv_heads),
             public=ops.flash_attention,
             bytes=2 * one + 2 * one_kv,
             flops=flops,
@@ -226,7 +230,7 @@ def cases(model: Shapes, tp: int, dtype: torch.dtype, rows: Sequence[int] | None
             inputs=backward_inputs,
             reference=_reference_backward,
             peers={name: _differentiated(function) for name, function in _peers(True).items()},
-            own={"triton": Own(_own_backward, [c._asdict() for c in backward_kernels.candidates(*place)])},
+            own=_own_paths(backward_kernels, gluon_module(backward=True), _own_backward, place, heads, kv_heads),
             bytes=4 * one + 4 * one_kv,
             flops=flops * 5 // 2,
             extra={"grad": True},

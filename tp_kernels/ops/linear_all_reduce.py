@@ -1,0 +1,376 @@
+"""Row-parallel projection, summed over the ranks, with what follows: a bias, or the residual addition and RMSNorm.
+
+    y = sum over ranks of (x @ weight.T) + bias
+    with ``residual`` and ``norm_weight``: add_rms_norm(y, residual, norm_weight)
+
+Shapes: ``x`` [..., K], ``weight`` [N, K], K this rank's share; ``bias`` [N]; ``residual`` and the results [..., N].
+
+``overlap="chunked"`` cuts the rows into chunks of whole waves (``comm.overlap``): while one is summed on the
+communicator's stream, the next is multiplied on the caller's. All matmuls are launched before the first wait, because
+only they feed the communication; what follows then runs chunk by chunk as the sums arrive. Everything is joined to the
+caller's stream on return, so a CUDA graph can capture it.
+
+Numerics: partial sums are rounded to x's dtype, then summed as the communicator promises. Running at the same time
+changes no bits: "chunked" gives exactly what "none" gives with the same ``chunks``. Against "none" in one piece, a
+different number of rows lets cuBLAS take another kernel, and a communicator with ``numerics.size_dependent`` (NCCL)
+another order of summation; the bits are equal where neither happens, else they differ as between two batch sizes.
+
+Nothing is gained on a CPU, where every core computes, nor for few rows. "auto" overlaps only what was measured to be
+faster on the same kind of GPU (``tp-kernels bench overlap --tune``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tp_kernels import one_gpu
+from tp_kernels.comm.communicator import Communicator, Handle
+from tp_kernels.comm.functional import copy_to_tensor_parallel, reduce_from_tensor_parallel
+from tp_kernels.comm.overlap import Agreement, agree, agreed, chunk_bounds, offers_overlap, worth_overlapping
+from tp_kernels.comm.process_group import resolve_group
+from tp_kernels.comm.tp_group import TPGroup
+from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, on_gpu
+from tp_kernels.ops._gpu_linear import matmul_by_rows
+from tp_kernels.ops._library import PLAIN_TYPES, needs_grad, watched
+from tp_kernels.ops.linear import check_linear, linear
+from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_by_rows, add_rms_norm_reference
+from tp_kernels.ops.tuning import Choice, cached_decision, fingerprint, lookup
+
+__all__ = [
+    "OVERLAPS",
+    "choose_linear_all_reduce",
+    "linear_all_reduce",
+    "linear_all_reduce_reference",
+    "overlap_table",
+    "planned_chunks",
+]
+
+OVERLAPS = ("auto", "none", "chunked")
+# More chunks than this were never of use to anyone who published figures: every one costs a launch and a shorter
+# message, and from the fourth on there is little left to hide.
+DEFAULT_CHUNKS = 4
+_PIECES = list[tuple[int, int]]
+
+
+def linear_all_reduce_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Any = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain PyTorch ``linear_all_reduce`` around the group's ``all_reduce``."""
+    y = reduce_from_tensor_parallel(F.linear(x, weight), group)
+    y = y if bias is None else y + bias
+    if residual is None:
+        return y
+    return y + residual if norm_weight is None else add_rms_norm_reference(y, residual, norm_weight, eps)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm_weight: Tensor | None, overlap: str
+) -> None:
+    if overlap not in OVERLAPS:
+        raise ValueError(f"overlap must be one of {', '.join(OVERLAPS)}, got {overlap!r}")
+    check_linear(x, weight, bias, residual, None)
+    if norm_weight is not None and residual is None:
+        raise ValueError("norm_weight normalises the sum with a residual: expected one")
+    if norm_weight is not None and norm_weight.shape != weight.shape[:1]:
+        raise ValueError(f"expected a norm_weight [{weight.shape[0]}], got {list(norm_weight.shape)}")
+
+
+# The schedule --------------------------------------------------------------------------------------------------------
+
+
+def overlap_table(backend: str) -> str:
+    """Name of the tuning table's section for a kind of communicator."""
+    return f"linear_all_reduce.{backend}"
+
+
+def overlap_sizes(m: int, n: int, in_features: int, communicator: Communicator) -> dict[str, int]:
+    """Sizes of an entry of that section. Those below 0 must be equal: they change what communication costs."""
+    return {
+        "m": m,
+        "n": n,
+        "in_features": in_features,
+        "ranks": -communicator.world_size,
+        "ranks_per_gpu": -one_gpu.ranks_on_this_gpu(),
+        "max_ctas": -int(getattr(communicator, "max_ctas", None) or 0),
+    }
+
+
+@cached_decision
+def _measured(op: str, info: GpuInfo, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> Choice:
+    entry = lookup(op, info, dtype, **dict(sizes))
+    if entry is None:
+        return Choice("none", f"not measured on {info.name} with these ranks; overlap may be slower than none")
+    pays, reason = worth_overlapping(entry.path, entry.us)
+    reason = f"{reason} ({entry.source})"
+    return Choice("chunked", reason, dict(entry.config)) if pays else Choice("none", reason)
+
+
+def _tile(info: GpuInfo, dtype: torch.dtype) -> tuple[int, int]:
+    """The tile that cuBLAS most likely takes for a large GEMM; an assumption about speed, not about results."""
+    if dtype.itemsize > 2:
+        return 128, 128
+    return (128, 256) if info.has_tma else (128, 128)
+
+
+def planned_chunks(
+    m: int, n: int, dtype: torch.dtype, info: GpuInfo | None, num_sms: int, chunks: int, growth: float = 1.0
+) -> _PIECES:
+    """Rows of every chunk: ``chunk_bounds`` with the tile of a GPU; single rows are waves on a CPU."""
+    tile_m, tile_n = (1, max(n, 1)) if info is None else _tile(info, dtype)
+    return chunk_bounds(m, n, num_sms, tile_m, tile_n, chunks, growth)
+
+
+def _agreement(communicator: Communicator, x: Tensor) -> Agreement | None:
+    """What the ranks agreed on; None where they have not yet, and cannot now because a graph is being captured."""
+    found = agreed(communicator)
+    if found is not None:
+        return found
+    if not on_gpu(x):
+        return agree(communicator, 1, 0, x.device)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    info = gpu_of(x)
+    return agree(communicator, info.num_sms, fingerprint(overlap_table(communicator.backend), info), x.device)
+
+
+def choose_linear_all_reduce(
+    x: Tensor, weight: Tensor, *, group: Any = None, overlap: str = "auto", in_features: int | None = None
+) -> Choice:
+    """What ``linear_all_reduce`` does for these arguments: "chunked" or "none", and why. A collective at first."""
+    communicator = resolve_group(group).communicator
+    if overlap == "none" or communicator.world_size == 1:
+        return Choice("none", "requested" if overlap == "none" else "one rank has nobody to talk to")
+    if overlap == "chunked":
+        if _agreement(communicator, x) is None:
+            raise ValueError(
+                'the first call with overlap="chunked" compares the ranks\' multiprocessors, which cannot be captured '
+                "in a CUDA graph: call once before the capture"
+            )
+        return Choice("chunked", "requested", {"chunks": DEFAULT_CHUNKS})
+    if not offers_overlap(communicator):
+        return Choice("none", f"the {communicator.backend} communicator does not work beside the caller's stream")
+    if not on_gpu(x):
+        return Choice("none", f"the tensors are on {x.device.type}, where every core computes")
+    if watched() or type(weight) not in PLAIN_TYPES:
+        return Choice("none", "traced code" if watched() else f"the weight is a {type(weight).__name__}")
+    if in_features is None:
+        return Choice("none", "in_features is not given, and a rank's own share does not tell the others'")
+    found = _agreement(communicator, x)
+    if found is None:
+        return Choice("none", "the ranks have not compared their tables, and a CUDA graph is being captured")
+    if not found.same_tables:
+        return Choice("none", "the ranks' GPUs or tuning tables differ")
+    m, n = x.numel() // max(1, x.shape[-1]), weight.shape[0]
+    sizes = tuple(overlap_sizes(m, n, in_features, communicator).items())
+    return _measured(overlap_table(communicator.backend), gpu_of(x), autocast_dtype(x) or x.dtype, sizes)
+
+
+def _schedule(
+    x: Tensor, weight: Tensor, group: TPGroup, overlap: str, chunks: int | Sequence[int] | None, in_features: int | None
+) -> tuple[_PIECES, bool]:
+    """Rows of every chunk, and whether to overlap."""
+    m, n = x.numel() // max(1, x.shape[-1]), weight.shape[0]
+    if isinstance(chunks, Sequence):
+        if sum(chunks) != m or (m and min(chunks) < 1):
+            raise ValueError(f"chunks must be positive numbers of rows that sum to {m}, got {list(chunks)}")
+        stops = list(accumulate(chunks))
+        return list(zip([0, *stops], stops, strict=False)), overlap != "none" and len(stops) > 1
+    if chunks is not None and (not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1):
+        raise ValueError(f"chunks must be a positive int, numbers of rows or None, got {chunks!r}")
+    choice = choose_linear_all_reduce(x, weight, group=group, overlap=overlap, in_features=in_features)
+    wanted = chunks or int(choice.config.get("chunks", 1))
+    if wanted == 1 or m == 0:
+        return [(0, m)] if m else [], False
+    found = _agreement(group.communicator, x)
+    if found is None:
+        raise ValueError("the first call with chunks= cannot be captured in a CUDA graph: call once before the capture")
+    info, dtype = gpu_of(x) if on_gpu(x) else None, autocast_dtype(x) or x.dtype
+    growth = float(choice.config.get("growth", 1.0)) if chunks is None else 1.0
+    bounds = planned_chunks(m, n, dtype, info, found.num_sms, wanted, growth)
+    return bounds, choice.path == "chunked" and len(bounds) > 1
+
+
+# Carrying it out -----------------------------------------------------------------------------------------------------
+
+
+def _matmul_into(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], object]:
+    """``launch(out, rows)``: ``rows @ weight.T`` into ``out``, planned for all rows of ``x`` [M, K]."""
+    if type(weight) not in PLAIN_TYPES or type(x) not in PLAIN_TYPES:
+        return lambda out, rows: out.copy_(F.linear(rows, weight))
+    launch = matmul_by_rows(x, weight)
+    if launch is not None:
+        return launch
+    transposed = weight.t()
+    return lambda out, rows: torch.mm(rows, transposed, out=out)
+
+
+def run_chunks(
+    x: Tensor,
+    weight: Tensor,
+    bounds: _PIECES,
+    communicator: Communicator,
+    overlapped: bool,
+    follow: Callable[[Tensor], Callable[[slice], object]] | None = None,
+) -> Tensor:
+    """The sum over ranks of ``x @ weight.T`` by chunks; no gradient is recorded.
+
+    Args:
+        x: [M, K] in the weight's dtype.
+        weight: [N, K].
+        bounds: rows of every chunk, the same on all ranks.
+        overlapped: sum a chunk while the next is multiplied; otherwise one after the other.
+        follow: given the result to come, a function of the rows whose sum is there.
+
+    Returns:
+        [M, N], usable on the caller's stream.
+    """
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    matmul = _matmul_into(x, weight)
+    after = None if follow is None else follow(out)
+    handles: list[Handle] = []
+    try:
+        for start, stop in bounds:
+            rows = out[start:stop]
+            matmul(rows, x[start:stop])
+            if overlapped:
+                handles.append(communicator.all_reduce_async(rows, out=rows))
+            else:
+                communicator.all_reduce(rows, out=rows)
+        for index, (start, stop) in enumerate(bounds):
+            if overlapped:
+                handles[index].wait()
+            if after is not None:
+                after(slice(start, stop))
+    except BaseException:
+        # The buffer must not be given out again while the communicator may still write to it.
+        for handle in handles:
+            with contextlib.suppress(Exception):
+                handle.wait()
+        raise
+    return out
+
+
+class _LinearAllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: TPGroup, bounds: _PIECES, overlapped: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.group = group
+        rows = x.reshape(-1, x.shape[-1])
+        out = run_chunks(rows, weight.detach(), bounds, group.communicator, overlapped)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = copy_to_tensor_parallel(grad, ctx.group).reshape(-1, weight.shape[0])
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        grad_x = (rows @ weight).view(x.shape) if wants_x else None
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None
+        return grad_x, grad_weight, None, None, None
+
+
+def linear_all_reduce(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Any = None,
+    overlap: str = "auto",
+    chunks: int | Sequence[int] | None = None,
+    in_features: int | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``all_reduce(x @ weight.T) + bias``, then the residual and RMSNorm if given; a collective, differentiable.
+
+    With gradients the forward is overlapped too; what follows the sum is then done in one piece.
+
+    Args:
+        x: [..., K]: this rank's features; as many rows on every rank.
+        weight: [N, K]: this rank's columns.
+        bias: [N], added once, after the sum.
+        group: TPGroup, process group or mesh; None is the default group, or one rank.
+        overlap: "auto" overlaps where that was measured to be faster; "none"; "chunked" always, also on communicators
+            that work at once.
+        chunks: most pieces of the rows, or the number of rows of each; the same on all ranks. With "none" they are
+            worked off one after the other, and the bits are those of "chunked". None: as measured, else 4 for "chunked"
+            and 1 for "none".
+        in_features: K of all ranks together; "auto" needs it to find a measurement that all ranks find.
+        residual: [..., N].
+        norm_weight: [N], with ``residual``.
+        eps: of the norm.
+
+    Returns:
+        [..., N] in ``x.dtype``: the sum, with bias and residual if given; with ``norm_weight`` ``(normed, sum)``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, an unknown overlap; a first chunked call inside
+            a graph capture.
+    """
+    if type(group) is not TPGroup:
+        group = resolve_group(group)
+    _check(x, weight, bias, residual, norm_weight, overlap)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    bounds, overlapped = _schedule(x, weight, group, overlap, chunks, in_features)
+    pieces = group.world_size > 1 and len(bounds) > 1
+    records = needs_grad(x, weight, bias, residual, norm_weight)
+    by_chunk = pieces and not records and all(t is None or t.dtype == x.dtype for t in (bias, residual))
+    if by_chunk:
+        return _followed(x, weight, bias, group, bounds, overlapped, residual, norm_weight, eps)
+    if pieces and records:
+        y = _LinearAllReduce.apply(x, weight, group, bounds, overlapped)
+    elif pieces:
+        y = run_chunks(x.reshape(-1, x.shape[-1]), weight, bounds, group.communicator, overlapped)
+        y = y.view(*x.shape[:-1], weight.shape[0])
+    else:
+        y = reduce_from_tensor_parallel(linear(x, weight), group, inplace=True)
+    y = y if bias is None else y + bias
+    if residual is None:
+        return y
+    return y + residual if norm_weight is None else add_rms_norm(y, residual, norm_weight, eps)
+
+
+def _followed(x, weight, bias, group, bounds, overlapped, residual, norm_weight, eps):
+    """The chunked call with what follows the sum, chunk by chunk."""
+    n = weight.shape[0]
+    shape = (*x.shape[:-1], n)
+    rows = None if residual is None else residual.reshape(-1, n)
+    results: list[Tensor] = []
+
+    def follow(out: Tensor) -> Callable[[slice], object]:
+        if norm_weight is not None:
+            normalise, *both = add_rms_norm_by_rows(out, rows, norm_weight, eps)
+            results.extend(both)
+
+        def finish(chunk: slice) -> None:
+            if bias is not None:
+                out[chunk].add_(bias)
+            if norm_weight is not None:
+                normalise(chunk)
+            elif rows is not None:
+                out[chunk].add_(rows[chunk])
+
+        return finish
+
+    out = run_chunks(x.reshape(-1, x.shape[-1]), weight, bounds, group.communicator, overlapped, follow)
+    if norm_weight is None:
+        return out.view(shape)
+    normed, summed = results
+    return normed.view(shape), summed.view(shape)
