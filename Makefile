@@ -2,7 +2,8 @@
 #   make demo    SmolLM2-135M generating text at tp=1 and tp=2        make lint    ruff, clang-format (check only)
 #   make test    the whole test suite, at most 15 minutes on 2 cores  make format  apply both formatters
 #   make bench   CPU benchmarks, CSV and plots under benchmarks/results/<machine>
-#   make gpu     for a machine with a GPU: doctor, tests, sanitizer, benchmarks (PART=name for one, GPU_OUT=dir for results)
+#   make gpu     for a machine with a GPU: doctor, tests, sanitizer, benchmarks (PART=name for one, GPU_OUT=dir for results,
+#                MINUTES=9.5 to start nothing that may not end by then; called again, it goes on)
 PYTHON ?= python3
 VENV ?= .venv
 # The newest release the suite was run with; any torch >= 2.11 works (TORCH="torch==2.11.*" make test).
@@ -64,7 +65,7 @@ bench: $(VENV)/.test
 
 # No venv here: such machines come with their own torch, and the package is built against nothing of it.
 gpu:
-	$(PYTHON) benchmarks/run_gpu.py $(if $(PART),--part $(PART)) --out $(or $(GPU_OUT),gpu_out)
+	$(PYTHON) benchmarks/run_gpu.py $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES)) --out $(or $(GPU_OUT),gpu_out)
 
 clean:
 	rm -rf build *.egg-info tp_kernels/_C*.so .pytest_cache .ruff_cache

@@ -1,17 +1,20 @@
-"""``make gpu``: everything worth running on a machine with a GPU, in parts of at most 8 minutes.
+"""``make gpu``: everything worth running on a machine with a GPU, in parts that are worth something alone.
 
-Resumable: a part that ended well leaves ``<out>/<part>.ok`` and is skipped next time (``--again`` repeats it), so a run
-stopped half-way is useful and can be continued. Correctness comes before the sanitizer, the sanitizer before tuning,
-tuning before figures. The table that tuning writes to ``<out>/tuning`` is the one that the benchmarks after it use.
+Resumable: a command that ended well leaves ``<out>/<name>.ok`` and is skipped next time (``--again`` repeats it), so a
+run stopped half-way is useful and can be continued. Correctness comes before the sanitizer, the sanitizer before
+figures; then each group of ops is tuned and measured, the most valuable first. The table that tuning writes to
+``<out>/tuning`` is the one that the benchmarks after it use.
 
-    python benchmarks/run_gpu.py --out gpu_out              # all parts
-    python benchmarks/run_gpu.py --part tests --out gpu_out # one part
+    python benchmarks/run_gpu.py --out gpu_out                # all parts
+    python benchmarks/run_gpu.py --out gpu_out --minutes 9.5  # those that end within that; call again for more
+    python benchmarks/run_gpu.py --part tests --out gpu_out   # one part
     python benchmarks/run_gpu.py --list
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -19,144 +22,267 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_S = 480
+LIMIT_MINUTES = 8.0  # of a part
+# What `tune` and `bench` have less than their part: imports before, and the case under way when their time is over.
+MARGIN_MINUTES = 0.4
 
-# A table answers for shapes within a factor of two, so these cover 1 to 32768 tokens.
-_ROWS = ["--rows", "1", "4", "16", "64", "256", "1024", "4096", "16384"]
-# What is tuned and measured together; each group fits a part. Minutes are those of `tune`, then those of `bench`.
-GROUPS: dict[str, tuple[list[str], list[str], float, float]] = {
-    # name: ops, further arguments of both, minutes
-    "linear": (["linear"], _ROWS, 6.5, 3.0),
-    "swiglu": (["swiglu_linear"], _ROWS, 5.0, 3.0),
-    "swiglu-backward": (["silu_mul", "swiglu_mlp"], ["--rows", "4096"], 3.0, 3.0),
-    "attention": (["flash_attention"], [], 5.0, 4.0),
-    "decode": (["decode_attention"], [], 3.0, 3.0),
-    "memory": (["rms_norm", "qkv_rope_cache", "rope", "cross_entropy"], [], 3.0, 5.0),
+_ALL_TP = ["--tp", "1", "8", "2", "4"]  # in the order in which they are worth having
+_ONE_TP = ["--tp", "1"]
+
+
+class Group(NamedTuple):
+    """Ops that are tuned and measured together: minutes and further arguments of both."""
+
+    ops: list[str]
+    tune_minutes: float
+    tune: list[str]
+    bench_minutes: float
+    bench: list[str]
+
+
+# A table answers for sizes within a factor of two: tp 1 and 4 cover 1 to 8, these rows 1 to 32768 tokens.
+_TUNE_ROWS = ["--rows", "1", "4", "16", "64", "256", "1024", "4096", "16384"]
+_BENCH_ROWS = ["--rows", "1", "4", "16", "64", "1024", "4096"]
+GROUPS: dict[str, Group] = {
+    "attention": Group(["flash_attention"], 2.0, ["--tp", "1", "4"], 1.0, _ONE_TP),
+    "swiglu": Group(["swiglu_linear"], 1.25, [*_TUNE_ROWS, "--tp", "1", "4"], 2.0, [*_BENCH_ROWS, *_ALL_TP]),
+    "linear": Group(["linear"], 2.5, [*_TUNE_ROWS, "--tp", "1", "4"], 1.5, [*_BENCH_ROWS, *_ALL_TP]),
+    "decode": Group(["decode_attention"], 1.0, ["--tp", "1", "4"], 0.75, _ONE_TP),
+    # Compiling the peers of torch.compile is most of the time of these benchmarks, hence few rows.
+    "memory": Group(
+        ["rms_norm", "cross_entropy", "qkv_rope_cache", "rope"],
+        1.5,
+        ["--tp", "1", "4"],
+        1.75,
+        ["--rows", "4096", "64", "8192", *_ONE_TP],
+    ),
+    "swiglu-backward": Group(
+        ["swiglu_mlp", "silu_mul"], 0.75, ["--rows", "4096", "--tp", "1", "4"], 0.75, ["--rows", "4096", *_ONE_TP]
+    ),
+}
+
+# Processes that share a file's tests, where compiling its kernels takes more than about two minutes of one core.
+SHARDS = {
+    "test_gluon_attention": 4,
+    "test_gluon_backward": 4,
+    "test_flash_attention_backward": 4,
+    "test_skinny": 4,
+    "test_swiglu": 3,
+    "test_matmul": 3,
+    "test_flash_attention": 2,
+    "test_decode_attention": 2,
+    "test_norm": 2,
 }
 
 
 @dataclass(frozen=True)
 class Part:
-    """Commands of a part, and how many of them may run at once (each is a process of its own, with its own log)."""
+    """Commands by name (each is a process with its own log), how long they have, how many of them run at once."""
 
-    commands: list[list[str]]
+    commands: dict[str, list[str]]
+    minutes: float
     at_once: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def parts(out: Path) -> dict[str, Part]:
     """All parts, in the order in which they are worth running."""
-    python = sys.executable
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    python, cores = sys.executable, os.cpu_count() or 1
+    # A kernel that hangs holds the main thread in the driver, where only another thread can end the process.
+    deadline = ["-o", "timeout=150", "-o", "timeout_method=thread"]
+    plain_pytest = [python, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    pytest = [*plain_pytest, *deadline]
+    # Tests bring their own tables; compilers in processes of their own would only compete for cores.
+    testing = {"TP_KERNELS_TUNING_DIR": str(out / "no_tuning"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    kernels = sorted((path for path in (ROOT / "tests/kernels").glob("test_*.py")), key=_most_shards_first)
+    kernels = [path for path in kernels if path.stem != "test_aot"]
+    files = [*kernels, ROOT / "tests/testing/test_op_bench.py"]
+    ranks = sorted((ROOT / "tests/gpu_ranks").glob("test_*.py"), key=lambda path: (path.stem != "test_smoke", path))
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    check = [sanitizer, "--error-exitcode", "9", "--tool"]
-    # A process a file: an illegal access spoils the CUDA context, and must not take other kernels' tests with it.
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/kernels").glob("test_*.py"))
-    files = [file for file in files if not file.endswith("test_aot.py")]
-    tune, bench = [python, "-m", "tp_kernels", "tune"], [python, "-m", "tp_kernels", "bench", "ops"]
+    # Errors of the API are tests' business, and some calls that ask what a driver can do are meant to fail.
+    sanitizer_options = ["--error-exitcode", "9", "--report-api-errors", "no", "--target-processes", "application-only"]
+    check = [sanitizer, *sanitizer_options, "--tool"]
     found = {
         # Without build isolation and dependencies: such machines often have no network, and their torch stays.
-        "build": Part([[python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]]),
-        "doctor": Part([[python, "-m", "tp_kernels", "doctor"]]),
-        "tests": Part([[*pytest, file] for file in files], at_once=6),
-        "sanitizer": Part([[*check, "memcheck", *pytest, "-m", "sanitize", file] for file in files], at_once=4),
-        "sanitizer-races": Part(
-            [[*check, tool, *pytest, "-m", "sanitize", "tests/kernels/test_reduce_buffers.py"] for tool in _RACE_TOOLS]
+        "build": _one("build", [python, "-m", "pip", "install", "-q", *_BUILD_OPTIONS, "-e", str(ROOT)], 3.0),
+        "doctor": _one("doctor", [python, "-m", "tp_kernels", "doctor"], 1.0),
+        # A process a file and more: an illegal access spoils the CUDA context, and must not take other kernels' tests.
+        "tests": Part(
+            {
+                f"tests-{path.stem.removeprefix('test_')}-{i}": [*pytest, "--shard", f"{i}/{n}", _relative(path)]
+                for path in files
+                for n in (SHARDS.get(path.stem, 1),)
+                for i in range(n)
+            },
+            5.5,
+            min(16, cores),
+            testing,
         ),
-    }
-    for name, (ops, arguments, minutes, _) in GROUPS.items():
-        chosen = [word for op in ops for word in ("--op", op)]
-        found[f"tune-{name}"] = Part([[*tune, *chosen, *arguments, "--minutes", str(minutes)]])
-    for name, (ops, arguments, _, minutes) in GROUPS.items():
-        chosen = [word for op in ops for word in ("--op", op)]
+        "sanitizer": Part(
+            {
+                f"sanitizer-{path.stem.removeprefix('test_')}": [
+                    *check, "memcheck", *plain_pytest, "-m", "sanitize", _relative(path)
+                ]
+                for path in kernels
+            },
+            2.75,
+            min(13, cores),
+            # Tensors that are parts of one allocation would hide accesses beyond their ends.
+            testing | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        ),
+        "gpu-ranks": Part(
+            {f"gpu-ranks-{path.stem.removeprefix('test_')}": [*plain_pytest, _relative(path)] for path in ranks},
+            5.0,
+            1,
+            testing,
+        ),
+    }  # fmt: skip
+    for name, group in GROUPS.items():
+        chosen = [word for op in group.ops for word in ("--op", op)]
+        tune = [*chosen, *group.tune, "--minutes", f"{group.tune_minutes - MARGIN_MINUTES:.2f}"]
+        found[f"tune-{name}"] = _one(f"tune-{name}", [python, "-m", "tp_kernels", "tune", *tune], group.tune_minutes)
         files_out = ["--csv", str(out / f"{name}.csv"), "--plot", str(out / "plots")]
-        shapes = [*arguments, "--tp", "1", "2", "4", "8"] if name in ("linear", "swiglu") else [*arguments, "--tp", "1"]
-        found[f"bench-{name}"] = Part([[*bench, *chosen, *shapes, *files_out, "--minutes", str(minutes)]])
+        bench = [*chosen, *group.bench, "--minutes", f"{group.bench_minutes - MARGIN_MINUTES:.2f}", *files_out]
+        command = [python, "-m", "tp_kernels", "bench", "ops", *bench]
+        found[f"bench-{name}"] = _one(f"bench-{name}", command, group.bench_minutes)
+    # What is less worth having, or needs no GPU.
+    found["sanitizer-races"] = Part(
+        {
+            f"sanitizer-{tool}": [*check, tool, *pytest, "-m", "sanitize", "tests/kernels/test_reduce_buffers.py"]
+            for tool in ("racecheck", "initcheck")
+        },
+        3.0,
+        2,
+        testing,
+    )
+    found["cpu-ranks"] = Part({"cpu-ranks": [*plain_pytest, "tests/comm", "tests/layers"]}, 6.0, 1, testing)
     all_reduce = ["--csv", str(out / "cpu_all_reduce.csv"), "--plot", str(out / "cpu_all_reduce.png")]
-    found["cpu-ranks"] = Part([[*pytest, "tests/comm", "tests/layers"]])
-    found["bench-all-reduce"] = Part([[python, "benchmarks/bench_all_reduce.py", *all_reduce]])
-    found["bench-cpu-ops"] = Part([[python, "benchmarks/bench_cpu_ops.py", "--csv", str(out / "cpu_ops.csv")]])
+    found["bench-all-reduce"] = _one(
+        "bench-all-reduce", [python, "benchmarks/bench_all_reduce.py", *all_reduce], LIMIT_MINUTES
+    )
+    cpu_ops = [python, "benchmarks/bench_cpu_ops.py", "--csv", str(out / "cpu_ops.csv")]
+    found["bench-cpu-ops"] = _one("bench-cpu-ops", cpu_ops, LIMIT_MINUTES)
     return found
 
 
-_RACE_TOOLS = ("racecheck", "initcheck")
+_BUILD_OPTIONS = ["--no-deps", "--no-build-isolation"]
 
 
-def run(command: list[str], log: Path, deadline: float, out: Path) -> int:
-    """Run one command with its own process group, so that a deadline ends all of it; 124 then."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TP_KERNELS_TUNING_DIR": str(out / "tuning")}
-    with log.open("a") as file:
+def _one(name: str, command: list[str], minutes: float) -> Part:
+    return Part({name: command}, minutes)
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _most_shards_first(path: Path) -> tuple[int, str]:
+    return -SHARDS.get(path.stem, 1), path.stem
+
+
+def run(command: list[str], log: Path, deadline: float, environment: dict[str, str]) -> int:
+    """Run one command as a process group, of which nothing outlives it; 124 at the deadline, 127 if there is none."""
+    with log.open("w") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-        )
+        try:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            )
+        except OSError as error:
+            file.write(f"{error}\n")
+            return 127
         try:
             return process.wait(timeout=max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             return 124
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
 
-def run_part(name: str, part: Part, out: Path) -> bool:
-    """Run a part; print one line about it, its last lines where it measures, and the end of a log that failed."""
+def run_part(name: str, part: Part, out: Path, again: bool, minutes: float) -> bool:
+    """Run a part; print one line about it, its last lines where it measures, and why a command failed."""
     started = time.monotonic()
-    single = len(part.commands) == 1
-    logs = [out / (f"{name}.log" if single else f"{name}-{i}.log") for i in range(len(part.commands))]
-    for log in logs:
-        log.unlink(missing_ok=True)
+    environment = {
+        **{key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+        "PYTHONUNBUFFERED": "1",
+        "TP_KERNELS_TUNING_DIR": str(out / "tuning"),
+        **part.environment,
+    }
+    wanted = {key: command for key, command in part.commands.items() if again or not (out / f"{key}.ok").exists()}
+    if not wanted:
+        print(f"{name:22} done before; --again repeats it", flush=True)
+        return True
+    deadline = started + 60 * minutes
     with ThreadPoolExecutor(part.at_once) as pool:
-        running = [
-            pool.submit(run, command, log, started + LIMIT_S, out)
-            for command, log in zip(part.commands, logs, strict=True)
-        ]
-        codes = [future.result() for future in running]
-    bad = [(code, log) for code, log in zip(codes, logs, strict=True) if code not in (0, 5)]  # 5: no test selected
-    print(f"{name:22} {'FAILED' if bad else 'ok'}  {time.monotonic() - started:.0f} s  {logs[0]}", flush=True)
-    if not bad:
-        (out / f"{name}.ok").touch()
+        running = {
+            key: pool.submit(run, command, out / f"{key}.log", deadline, environment) for key, command in wanted.items()
+        }
+        codes = {key: future.result() for key, future in running.items()}
+    bad = {key: code for key, code in codes.items() if code not in (0, 5)}  # 5: no test was selected
+    for key in codes:
+        if key not in bad:
+            (out / f"{key}.ok").touch()
+    first = out / f"{next(iter(wanted))}.log"
+    counted = f"{len(codes) - len(bad)} of {len(codes)} commands ended well" if len(codes) > 1 else first
+    print(f"{name:22} {'FAILED' if bad else 'ok'}  {time.monotonic() - started:.0f} s  {counted}", flush=True)
     if name.startswith(("bench", "tune")):
-        print("    " + "\n    ".join(_tail(logs[0], 14)), flush=True)
-    for code, log in bad:
-        print(f"  exit status {code}: {log}\n    " + "\n    ".join(_tail(log, 20)), flush=True)
+        print("    " + "\n    ".join(_lines(first)[-14:]), flush=True)
+    for key, code in bad.items():
+        reason = "out of time" if code == 124 else f"exit status {code}"
+        print(f"  {reason}: {out / f'{key}.log'}\n    " + "\n    ".join(why(_lines(out / f"{key}.log"))), flush=True)
     return not bad
 
 
-def _tail(log: Path, lines: int) -> list[str]:
-    return [line[:200] for line in log.read_text(errors="replace").splitlines()[-lines:]]
+def why(lines: list[str]) -> list[str]:
+    """The lines of a log that say what went wrong first: pytest's, a hung test's, the sanitizer's; else the last."""
+    marks = ("E  ", "FAILED ", "ERROR ", "========= Invalid", "========= ERROR", "!!!!")
+    found = [line for line in lines if line.startswith(marks) or "+ Timeout +" in line or ", in test_" in line]
+    return [*found[:8], "...", lines[-1]] if found else lines[-20:]
+
+
+def _lines(log: Path) -> list[str]:
+    return [line[:200] for line in log.read_text(errors="replace").splitlines() if line.strip()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", help="run only this part (repeatable)")
     parser.add_argument("--out", type=Path, default=Path("gpu_out"), help="where logs, tables, CSV and plots go")
-    parser.add_argument("--again", action="store_true", help="repeat parts that have already ended well")
+    parser.add_argument("--minutes", type=float, help="start no part that may not end within this")
+    parser.add_argument("--again", action="store_true", help="repeat what has already ended well")
     parser.add_argument("--list", action="store_true", help="print the parts and their commands, run nothing")
     args = parser.parse_args()
     args.out = args.out.resolve()
     known = parts(args.out)
-    if args.list:
-        for name, part in known.items():
-            print(name, *(f"\n    {' '.join(command)}" for command in part.commands))
-        return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     unknown = [name for name in args.part or [] if name not in known]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; expected one of {', '.join(known)}")
-    good = True
+    if args.list:
+        for name in args.part or known:
+            part = known[name]
+            print(f"{name}: at most {part.minutes:g} minutes, {part.at_once} at once")
+            print("\n".join(f"    {' '.join(command)}" for command in part.commands.values()))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    started, good = time.monotonic(), True
     for name in args.part or known:
-        if (args.out / f"{name}.ok").exists() and not args.again:
-            print(f"{name:22} done before; --again repeats it")
-        else:
-            good &= run_part(name, known[name], args.out)
-            if not good and name == "build":
-                return 1  # nothing after it can run
+        part = known[name]
+        done = not args.again and all((args.out / f"{key}.ok").exists() for key in part.commands)
+        left = part.minutes if args.minutes is None else args.minutes - (time.monotonic() - started) / 60
+        if left < part.minutes and not done:
+            print(f"{name:22} may take {part.minutes:g} minutes, {left:.1f} are left: call again to go on")
+            return 0 if good else 1
+        good &= run_part(name, part, args.out, args.again, part.minutes)
+        if not good and name == "build":
+            return 1  # nothing after it can run
     return 0 if good else 1
 
 

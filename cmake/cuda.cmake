@@ -57,6 +57,7 @@ function(tpk_add_cuda_sources target)
     return()
   endif()
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/*.cu)
+  list(APPEND sources ${CMAKE_CURRENT_SOURCE_DIR}/csrc/comm/nccl_communicator.cpp)
   target_sources(${target} PRIVATE ${sources})
   target_compile_definitions(${target} PUBLIC TPK_HAVE_CUDA=1)
   # Static: a shared cudart of another version than torch's is the classic load failure; both share the primary context.

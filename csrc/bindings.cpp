@@ -1,5 +1,7 @@
-// The only file that knows pybind11: unpacks arguments, releases the GIL where a call can block, turns a Status into a
-// Python exception. Everything is positional: keyword arguments cost 0.4 us a call.
+// The files called bindings* are the only ones that know pybind11: they unpack arguments, release the GIL where a call
+// can block, and turn a Status into a Python exception. Everything is positional: keyword arguments cost 0.4 us a call.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,19 +23,9 @@
 #endif
 
 namespace py = pybind11;
+using namespace tpk::python;
 
 namespace {
-
-void raise_if_error(const tpk::Status& status) {
-  if (status.ok()) return;
-  if (status.code == tpk::Code::kInvalidArgument) throw py::value_error(status.message);
-  throw std::runtime_error(status.message);
-}
-
-tpk::DType dtype_of(int code) {
-  if (code < 0 || code >= tpk::kNumDTypes) throw py::value_error("unknown dtype code " + std::to_string(code));
-  return static_cast<tpk::DType>(code);
-}
 
 void bind_build(py::module_& m) {
   m.def("build_info", [] {
@@ -56,12 +48,6 @@ void bind_build(py::module_& m) {
     }
     return table;
   });
-}
-
-// An address, or nothing where Python passes 0.
-template <class T = void>
-T* at(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 void bind_cpu(py::module_& m) {
@@ -164,22 +150,11 @@ class ShmCommunicator {
 
  private:
   [[noreturn]] void raise(const tpk::Status& status) {
-    if (status.code == tpk::Code::kInvalidArgument) throw py::value_error(status.message);
-    const char* type = "CommError";
-    if (status.code == tpk::Code::kTimeout) type = "CommTimeoutError";
-    if (status.code == tpk::Code::kPeerDied) type = "PeerDiedError";
-    if (status.code == tpk::Code::kMismatch) type = "CommMismatchError";
-    if (status.code == tpk::Code::kAborted) type = "CommAbortedError";
     const tpk::shm::Failure& failure = native_.failure();
     std::vector<int> ranks;
     for (int r = 0; r < world_size_; ++r)
       if (failure.ranks >> r & 1) ranks.push_back(r);
-    const py::object error =
-        py::module_::import("tp_kernels.comm.errors")
-            .attr(type)(status.message, py::arg("group") = name_, py::arg("operation") = failure.operation,
-                        py::arg("sequence") = failure.sequence, py::arg("ranks") = ranks);
-    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
-    throw py::error_already_set();
+    raise_comm_error(status, name_, failure.operation, failure.sequence, ranks);
   }
 
   tpk::shm::Communicator native_;
@@ -287,6 +262,8 @@ PYBIND11_MODULE(_C, m) {
   bind_build(m);
   bind_cpu(m);
   bind_shm(m);
+  bind_nccl(m);
+  bind_peer(m);
 #ifdef TPK_HAVE_CUDA
   bind_cuda(m);
 #endif

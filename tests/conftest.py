@@ -39,7 +39,15 @@ def rank_pool():
         pool.close()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="0/1", metavar="I/N", help="run every N-th test, from the I-th on")
+
+
+def pytest_collection_modifyitems(config, items):
+    index, count = (int(number) for number in config.getoption("--shard").split("/"))
+    if count > 1:
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != index])
+        items[:] = items[index::count]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False here")
@@ -75,7 +83,9 @@ def _living_descendants() -> list[str]:
     while frontier:
         frontier = {pid for pid, parent in parents.items() if parent in frontier}
         found.extend(frontier)
-    return [f"{pid}: {line}" for pid in found if (line := _command_line(pid)) and pid not in _helper_pids()]
+    lines = {pid: _command_line(pid) for pid in found if pid not in _helper_pids()}
+    # Inductor keeps its compilers for the life of the process, and ends them with it.
+    return [f"{pid}: {line}" for pid, line in lines.items() if line and "_inductor/compile_worker" not in line]
 
 
 def _helper_pids() -> set[int]:

@@ -115,6 +115,8 @@ def environment() -> dict[str, dict[str, Any]]:
             "driver": _cuda_driver,
             "devices": _gpus,
             "peer access": _peer_access,
+            "peer memory": _peer_verdicts,
+            "ranks on one GPU": _ranks_on_one_gpu,
         },
     }
     return {section: {name: _probe(probe) for name, probe in probes.items()} for section, probes in sections.items()}
@@ -259,6 +261,18 @@ def _peer_access() -> str:
     pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
     missing = [f"{a}->{b}" for a, b in pairs if not cuda.can_device_access_peer(a, b)]
     return "between all GPUs" if not missing else f"missing: {', '.join(missing)}"
+
+
+def _peer_verdicts() -> str:
+    from tp_kernels.comm.peer_verdicts import describe_verdicts
+
+    return describe_verdicts() if _torch().cuda.device_count() else "not applicable with 0 GPUs"
+
+
+def _ranks_on_one_gpu() -> str:
+    from tp_kernels.one_gpu import describe_mps
+
+    return describe_mps()
 
 
 # --- output ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from tp_kernels import _native
 from tp_kernels.doctor import Skip, mapped_libraries
+from tp_kernels.doctor_peer import check_peer_memory
 
 __all__ = ["all_checks"]
 
@@ -29,6 +30,7 @@ def all_checks() -> Iterator[tuple[str, Callable[[], str]]]:
     """(name, check) in the order of the report; pools of ranks are started by the checks and ended with them."""
     yield "native core: its dtype table is torch's", check_dtype_table
     yield "NCCL: one copy in the process", check_nccl_copies
+    yield "NCCL: what the native core finds", check_nccl_library
     yield "CPU kernels: linear and attention equal PyTorch's", check_cpu_kernels
     for backend in ("shm", "gloo"):
         for world_size in (2, 4):
@@ -36,6 +38,7 @@ def all_checks() -> Iterator[tuple[str, Callable[[], str]]]:
     yield "layers: column, row, MLP, attention at tp=2", check_layers
     yield "latency: all-reduce of 4 KB, 2 ranks", check_latency
     yield "CUDA kernel: reduce_buffers", check_cuda_kernel
+    yield "peer memory: stores, loads and atomics of kernels", check_peer_memory
 
 
 def check_dtype_table() -> str:
@@ -53,6 +56,17 @@ def check_nccl_copies() -> str:
     if len(copies) > 1:
         raise RuntimeError(f"{len(copies)} copies of NCCL are loaded, which corrupts both: {', '.join(copies)}")
     return copies[0]
+
+
+def check_nccl_library() -> str:
+    from tp_kernels.comm.nccl_library import nccl_library_info
+
+    info = nccl_library_info()
+    if info.error is None:
+        return str(info)
+    if not info.copies and "NCCL was not found" in info.error:
+        raise Skip(info.error)
+    raise RuntimeError(info.error)
 
 
 def check_cpu_kernels() -> str:

@@ -3,9 +3,34 @@
 import pytest
 import torch
 
+from tp_kernels.ops import tuning
 from tp_kernels.ops._gpu import A100, H100, pretend
 
 HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def no_measured_tables(tmp_path_factory):
+    """Tests bring their own tables: what was measured on this GPU, or is shipped for it, decides nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        nowhere = tmp_path_factory.getbasetemp() / "no_tables"
+        patch.setenv("TP_KERNELS_TUNING_DIR", str(nowhere))
+        patch.setattr(tuning, "shipped_table", lambda slug: nowhere / "none.json")
+        tuning.forget_tables()
+        yield
+    tuning.forget_tables()
+
+
+@pytest.fixture(autouse=True)
+def gpu_afterwards(request):
+    """After a test: its memory is given back (files run side by side), and a lost CUDA context ends the session."""
+    yield
+    if HAS_GPU:
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            pytest.exit(f"ERROR the CUDA context was lost in {request.node.nodeid}: {error}", returncode=3)
 
 
 @pytest.fixture

@@ -60,7 +60,9 @@ def check_forward(q, k, v, causal, window, config, lse=True):
         q.double(), k.double(), v.double(), causal=causal, sliding_window=window, return_lse=True
     )
     if q.dtype == torch.float32:  # for tests only; PyTorch may be exact by luck in so few elements
-        torch.testing.assert_close(out.double(), exact, atol=5e-6, rtol=1e-5)
+        # A GPU's exp2 is the approximate one (2 ulp); the interpreter's is numpy's.
+        atol, rtol = (2e-5, 5e-5) if q.is_cuda else (5e-6, 1e-5)
+        torch.testing.assert_close(out.double(), exact, atol=atol, rtol=rtol)
     else:
         assert_close_to_reference(out, in_dtype(q, k, v, causal, window), exact, name="out")
     if lse:

@@ -99,7 +99,9 @@ def check_backward(q, k, v, grad_out, grad_lse, causal, window, config, forward_
     for name, ours, theirs, right in zip(("dq", "dk", "dv"), actual, plain, exact, strict=True):
         if q.dtype == torch.float32:
             # Differences of nearly equal sums of few terms: PyTorch may be exact by luck.
-            torch.testing.assert_close(ours.double(), right, atol=5e-6, rtol=1e-5, msg=lambda m, name=name: name + m)
+            # A GPU's exp2 is the approximate one (2 ulp), times dO V^T of up to 30 here; the interpreter's is numpy's.
+            bounds = {"atol": 5e-5, "rtol": 1e-4} if q.is_cuda else {"atol": 5e-6, "rtol": 1e-5}
+            torch.testing.assert_close(ours.double(), right, **bounds, msg=lambda m, name=name: name + m)
         else:
             assert_close_to_reference(ours, theirs, right, name=name)
 
@@ -199,6 +201,17 @@ def test_varlen(device, generator):
     for name, a, b, c in zip(("dq", "dk", "dv"), ours, plain, exact, strict=True):
         assert_close_to_reference(a, b, c, name=name)
     assert not ours[0][33:].any()
+
+
+def test_packed_rows_of_no_sequence_have_no_gradient(device, generator, monkeypatch):
+    """Also where the query heads' shares are added up afterwards; memory that nobody wrote is NaN here."""
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: torch.full(sizes, math.nan, **options))
+    cu = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
+    q, k, v = (torch.randn(8, heads, 16, generator=generator, device=device).to(HALF) for heads in (2, 1, 1))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = ops.flash_attention_varlen(q, k, v, cu, cu, 3, 3)
+    for grad in torch.autograd.grad(out.float().pow(2).sum(), (q, k, v)):
+        assert grad[:5].any() and grad.isfinite().all() and not grad[5:].any()
 
 
 def test_the_op_without_kernels_is_right(generator):

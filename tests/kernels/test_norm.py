@@ -213,7 +213,9 @@ def test_backward_walks_many_rows(generator, config):
         with pretend(info):
             backward_kernels.rms_norm_backward(dx, dweight, grad, x, weight, rstd, sum_grad, config)
         results.append((dx, dweight))
-    torch.testing.assert_close(results[0], (leaf.grad + sum_grad, scale.grad), rtol=1e-5, atol=2e-5)
+    # On a GPU a column has 66 times as many rows, summed by PyTorch and here in different orders.
+    atol = 5e-4 if HAS_GPU else 2e-5
+    torch.testing.assert_close(results[0], (leaf.grad + sum_grad, scale.grad), rtol=1e-5, atol=atol)
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 

@@ -392,7 +392,7 @@ def test_parallel_mlp(device, generator, monkeypatch, bias):
     layer = ParallelMLP(40, 24, bias=bias, device=device, dtype=torch.float16)
     x, grad = (randn(generator, 2, 5, 40, dtype=torch.float16) for _ in range(2))
     calls, fused_mlp = [], ops.swiglu_mlp
-    monkeypatch.setattr(ops, "swiglu_mlp", lambda *args: (calls.append(1), fused_mlp(*args))[1])
+    monkeypatch.setattr(ops, "swiglu_mlp", lambda *args, **kw: (calls.append(1), fused_mlp(*args, **kw))[1])
 
     def run(reference):
         layer.zero_grad()

@@ -3,6 +3,7 @@
 from tp_kernels.comm.communicator import Communicator, Handle, LocalCommunicator, Numerics
 from tp_kernels.comm.errors import CommAbortedError, CommError, CommMismatchError, CommTimeoutError, PeerDiedError
 from tp_kernels.comm.gloo import GlooCommunicator
+from tp_kernels.comm.nccl import NCCLCommunicator, NCCLUnavailable
 from tp_kernels.comm.policy import BackendUnavailableError, explain
 from tp_kernels.comm.process_group import (
     ProcessGroupManager,
@@ -24,6 +25,8 @@ __all__ = [
     "GlooCommunicator",
     "Handle",
     "LocalCommunicator",
+    "NCCLCommunicator",
+    "NCCLUnavailable",
     "Numerics",
     "PeerDiedError",
     "ProcessGroupManager",

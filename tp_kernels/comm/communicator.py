@@ -58,6 +58,7 @@ class Communicator(abc.ABC):
         backend: short name of the transport: ``"local"``, ``"shm"``, ``"gloo"``, ``"nccl"``, ``"symm"``.
         timeout: default deadline of a call in seconds.
         numerics: what its sums promise.
+        overlap_modes: ways in which its asynchronous calls run beside the caller's work: ``("chunked",)`` or none.
     """
 
     rank: int
@@ -66,6 +67,7 @@ class Communicator(abc.ABC):
     backend: str
     timeout: float
     numerics: Numerics
+    overlap_modes: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def all_reduce(
@@ -113,6 +115,16 @@ class Communicator(abc.ABC):
     def all_reduce_async(self, x: torch.Tensor, op: str = "sum", *, out: torch.Tensor | None = None) -> Handle:
         """As ``all_reduce``, returning a ``Handle``. This default completes before it returns (CPU transports)."""
         return Handle(self.all_reduce(x, op, out=out))
+
+    def reduce_scatter_async(
+        self, x: torch.Tensor, op: str = "sum", *, dim: int = 0, sizes: Sequence[int] | None = None
+    ) -> Handle:
+        """As ``reduce_scatter``, returning a ``Handle``. This default completes before it returns."""
+        return Handle(self.reduce_scatter(x, op, dim=dim, sizes=sizes))
+
+    def all_gather_async(self, x: torch.Tensor, *, dim: int = 0, sizes: Sequence[int] | None = None) -> Handle:
+        """As ``all_gather``, returning a ``Handle``. This default completes before it returns."""
+        return Handle(self.all_gather(x, dim=dim, sizes=sizes))
 
     def bind_all_reduce(self, x: torch.Tensor) -> Callable[[], object]:
         """A call without arguments that sums ``x`` over the ranks in place, for buffers reduced again and again.

@@ -25,6 +25,7 @@ from tp_kernels.comm.communicator import DEFAULT_TIMEOUT, LocalCommunicator
 from tp_kernels.comm.errors import CommTimeoutError
 from tp_kernels.comm.policy import BACKENDS, RankFacts, choose
 from tp_kernels.comm.tp_group import TPGroup, create_group, next_generation
+from tp_kernels.one_gpu import local_device
 
 __all__ = ["ProcessGroupManager", "TPGroup", "get_tp_group", "init", "resolve_group", "shutdown"]
 
@@ -42,17 +43,29 @@ class ProcessGroupManager:
         rank, world_size: this process in the world.
         local_rank: this process on its host (torchrun's LOCAL_RANK, else ``rank``).
         tp_size, dp_size: extents of the mesh; ``tp_size * dp_size == world_size``.
+        device: of this rank's tensors: "cpu", or its GPU with its index (see ``initialize``).
         tp_group: the default ``TPGroup``, which layers use when ``group=None``.
     """
 
     def __init__(
-        self, rank: int, world_size: int, tp_size: int, backend: str, timeout: float, strict: bool, device_type: str
+        self,
+        rank: int,
+        world_size: int,
+        tp_size: int,
+        backend: str,
+        timeout: float,
+        strict: bool,
+        device: torch.device,
+        numerics: str | None = None,
     ):
         self.rank, self.world_size = rank, world_size
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        if device.type == "cuda" and device.index is None:
+            device = local_device(self.local_rank)
+        self.device = device
         self.tp_size, self.dp_size = tp_size, world_size // tp_size
         self.tp_group: TPGroup = None  # set by initialize, before anyone sees the manager
-        self._backend, self._timeout, self._strict, self._device_type = backend, timeout, strict, device_type
+        self._backend, self._timeout, self._strict, self._numerics = backend, timeout, strict, numerics
         self._dp_group: TPGroup | None = None
         self._dp_process_group: Any = None
         self._mesh: Any = None
@@ -74,6 +87,7 @@ class ProcessGroupManager:
         timeout: float = DEFAULT_TIMEOUT,
         strict: bool = False,
         device: str | torch.device | None = None,
+        numerics: str | None = None,
     ) -> ProcessGroupManager:
         """Set up this process's groups; every rank calls it with the same arguments, ``rank`` apart.
 
@@ -82,10 +96,18 @@ class ProcessGroupManager:
                 WORLD_SIZE, else means one rank.
             init_method: "env://" (the default), "tcp://host:port" or "file:///path".
             tp_size: ranks per tensor-parallel group, a divisor of ``world_size``; None for all of them.
-            backend: "auto" (shared memory when all ranks are on one host, else Gloo), "shm" or "gloo".
+            backend: "auto", or the only transport to use: "shm" and "gloo" for CPU tensors, "symm" (peer memory),
+                "nccl" and "gloo" for CUDA tensors. "auto" takes shared memory when all ranks are on one host, else
+                Gloo; for CUDA tensors peer memory and NCCL side by side as far as they are there, else Gloo.
             timeout: default deadline of the set-up and of every collective, in seconds.
             strict: a fallback raises ``BackendUnavailableError`` instead of warning once.
-            device: where the groups' tensors live, "cpu" (the default) or "cuda".
+            device: where the groups' tensors live: "cpu" (the default), "cuda" for the GPU that belongs to this rank
+                (number LOCAL_RANK, or the only one it sees), or "cuda:<index>". The process's current device is left
+                alone, as torch.distributed leaves it: call ``torch.cuda.set_device(manager.device)`` if every "cuda"
+                of the program is to mean that GPU.
+            numerics: "ordered" takes only paths whose floating-point sums have the same bits on all ranks and for all
+                message sizes; "any" also those that are faster and do not promise it; None is "ordered" where peer
+                memory is available, else NCCL's own order. CPU groups are always ordered.
         Raises:
             ValueError: for arguments that do not fit or differ between ranks. CommTimeoutError: names the ranks that
                 did not come. RuntimeError: already initialised.
@@ -93,7 +115,9 @@ class ProcessGroupManager:
         global _default_manager
         if _default_manager is not None:
             raise RuntimeError("tp_kernels is already initialised in this process; call shutdown() first")
-        device_type = _check_device(device)
+        device = _check_device(device)
+        if numerics not in (None, "ordered", "any"):
+            raise ValueError(f"numerics must be None, 'ordered' or 'any', got {numerics!r}")
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if not 0 < timeout < 1e9:
@@ -102,7 +126,7 @@ class ProcessGroupManager:
         tp_size = world_size if tp_size is None else tp_size
         if not isinstance(tp_size, int) or tp_size < 1 or world_size % tp_size:
             raise ValueError(f"tp_size must divide the world size {world_size}, got {tp_size!r}")
-        manager = cls(rank, world_size, tp_size, backend, timeout, strict, device_type)
+        manager = cls(rank, world_size, tp_size, backend, timeout, strict, device, numerics)
         try:
             manager._connect(init_method)
         except BaseException:
@@ -138,7 +162,7 @@ class ProcessGroupManager:
                 self.tp_group.process_group = self._single_process_group()
             tp = self.tp_group.process_group
             dp = self._dp_process_group or self._single_process_group()
-            self._mesh = DeviceMesh.from_group([dp, tp], self._device_type, mesh=layout, mesh_dim_names=("dp", "tp"))
+            self._mesh = DeviceMesh.from_group([dp, tp], self.device.type, mesh=layout, mesh_dim_names=("dp", "tp"))
         return self._mesh
 
     def new_group(self, ranks: Sequence[int], name: str | None = None) -> TPGroup | None:
@@ -283,7 +307,8 @@ class ProcessGroupManager:
             backend=self._backend,
             timeout=self._timeout,
             strict=self._strict,
-            device_type=self._device_type,
+            device=self.device,
+            numerics=self._numerics,
         )
         self._groups.append(group)
         return group
@@ -357,7 +382,8 @@ def _group_of_user(process_group: Any) -> TPGroup:
         backend=manager._backend if manager else "auto",
         timeout=manager._timeout if manager else DEFAULT_TIMEOUT,
         strict=manager._strict if manager else False,
-        device_type=manager._device_type if manager else "cpu",
+        device=manager.device if manager else torch.device("cpu"),
+        numerics=manager._numerics if manager else None,
     )
     _groups_of_users[id(process_group)] = group
     _ensure_exit_hook()
@@ -411,16 +437,19 @@ def _world_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
-def _check_device(device: str | torch.device | None) -> str:
+def _check_device(device: str | torch.device | None) -> torch.device:
     try:
-        kind = torch.device("cpu" if device is None else device).type
+        found = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
-    if kind not in ("cpu", "cuda"):
+    if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' was asked for, but torch.cuda.is_available() is False")
-    return kind
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device='cuda' was asked for, but torch.cuda.is_available() is False")
+        if found.index is not None and found.index >= torch.cuda.device_count():
+            raise ValueError(f"device {device!r} was asked for, and this process sees {torch.cuda.device_count()}")
+    return found if found.type == "cuda" else torch.device("cpu")
 
 
 # Short forms for one default manager per process ---------------------------------------------------------------------

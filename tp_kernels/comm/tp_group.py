@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tp_kernels.comm import rendezvous
@@ -28,6 +29,8 @@ class TPGroup:
         ranks: the members' ranks in the world, in group order.
         name: in every error.
         device_type: "cpu" or "cuda": where the group's tensors live.
+        device: this rank's torch.device; with an index for "cuda". The current device is never changed here: pass it on
+            (``device=group.device``), or call ``torch.cuda.set_device(group.device)``, as with torch.distributed.
         communicator: carries out the collectives; its methods are also reachable on the group.
         process_group: the torch ProcessGroup of the same ranks, None for world size 1 without torch.distributed.
         choice: which transport was chosen and why (see ``explain``).
@@ -41,6 +44,7 @@ class TPGroup:
         device_type: str = "cpu",
         process_group: Any = None,
         choice: Choice | None = None,
+        device: torch.device | None = None,
     ):
         self.communicator = communicator
         self.rank = communicator.rank
@@ -50,6 +54,7 @@ class TPGroup:
         if len(self.ranks) != self.world_size:
             raise ValueError(f"TPGroup: expected {self.world_size} ranks, got {list(self.ranks)}")
         self.device_type = device_type
+        self.device = torch.device(device_type) if device is None else device
         self.process_group = process_group
         self.choice = choice or Choice(communicator.backend, "given by the caller")
         # Bound once: a group is called dozens of times per token.
@@ -62,7 +67,7 @@ class TPGroup:
 
     @property
     def backend(self) -> str:
-        """Short name of the transport: "local", "shm", "gloo"."""
+        """Short name of the (preferred) transport: "local", "shm", "gloo", "nccl", "symm"."""
         return self.communicator.backend
 
     @property
@@ -103,11 +108,13 @@ def create_group(
     backend: str,
     timeout: float,
     strict: bool,
-    device_type: str,
+    device: torch.device,
+    numerics: str | None = None,
 ) -> TPGroup:
-    """Choose a transport together with the other ranks and build the group on it. A collective of ``ranks``."""
+    """Choose transports together with the other ranks and build the group on them. A collective of ``ranks``."""
     rank = ranks.index(world_rank)
-    mine = RankFacts.here(device_type, backend, strict)
+    # One rank alone asks nothing of its GPU.
+    mine = RankFacts.here(device.type, backend, strict, numerics, device if len(ranks) > 1 else None)
     if len(ranks) == 1:
         communicator: Communicator = LocalCommunicator(name, timeout)
         choice = choose([mine])
@@ -117,9 +124,20 @@ def create_group(
         everyone = rendezvous.exchange(
             store, rank, len(ranks), mine.to_dict(), timeout, group=name, what="create_group"
         )
-        choice = choose([RankFacts(**facts) for facts in everyone])
-        communicator, choice = _create_communicator(choice, mine, rank, len(ranks), name, store, process_group, timeout)
-    return TPGroup(communicator, ranks=ranks, device_type=device_type, process_group=process_group, choice=choice)
+        facts = [RankFacts.from_dict(theirs) for theirs in everyone]
+        choice = choose(facts)
+        if device.type == "cuda":
+            from tp_kernels.comm.gpu_group import create_gpu_communicator, makers_of
+
+            makers = makers_of(rank, len(ranks), name, store, process_group, device, timeout)
+            communicator, choice = create_gpu_communicator(facts, rank, name, store, makers, timeout)
+        else:
+            communicator, choice = _create_communicator(
+                choice, mine, rank, len(ranks), name, store, process_group, timeout
+            )
+    return TPGroup(
+        communicator, ranks=ranks, device_type=device.type, process_group=process_group, choice=choice, device=device
+    )
 
 
 def _create_communicator(choice, facts, rank, world_size, name, store, process_group, timeout):

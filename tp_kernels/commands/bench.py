@@ -20,7 +20,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks."""
-    from tp_kernels.testing import bench_all_reduce
+    from tp_kernels.testing import bench_all_reduce, bench_all_reduce_gpu, bench_overlap
     from tp_kernels.testing.op_bench import commands
 
     benchmarks = parser.add_subparsers(title="benchmarks", dest="benchmark", metavar="BENCHMARK", required=True)
@@ -33,6 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     bench_all_reduce.add_arguments(all_reduce)
     all_reduce.set_defaults(run=bench_all_reduce.run)
+    all_reduce_gpu = benchmarks.add_parser(
+        "all-reduce-gpu",
+        help="peer-memory kernels against torch's and NCCL, alone and fused with the norm",
+        description="All-reduce over GPU ranks, alone and fused with residual and norm; ranks share one GPU where "
+        "there are not enough.",
+        epilog=_ALL_REDUCE_GPU_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    bench_all_reduce_gpu.add_arguments(all_reduce_gpu)
+    all_reduce_gpu.set_defaults(run=bench_all_reduce_gpu.run)
+    overlap = benchmarks.add_parser(
+        "overlap",
+        help="a matmul and its all-reduce over NCCL, one after the other and side by side",
+        description="A row-parallel matmul and its all-reduce over NCCL, one after the other and in chunks side by "
+        "side; ranks share one GPU where there are not enough.",
+        epilog=_OVERLAP_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    bench_overlap.add_arguments(overlap)
+    overlap.set_defaults(run=bench_overlap.run)
     ops = benchmarks.add_parser(
         "ops",
         help="the GPU kernels against PyTorch, Liger, FlashAttention and others",
@@ -48,6 +68,18 @@ _ALL_REDUCE_EXAMPLES = """\
 examples:
   tp-kernels bench all-reduce --ranks 2
   tp-kernels bench all-reduce --ranks 4 --csv all_reduce.csv --plot all_reduce.png
+"""
+
+_ALL_REDUCE_GPU_EXAMPLES = """\
+examples:
+  tp-kernels bench all-reduce-gpu --ranks 4 --csv all_reduce_gpu.csv
+  tp-kernels bench all-reduce-gpu --ranks 2 --what norms --hidden 4096 --tokens 1 64 1024
+"""
+
+_OVERLAP_EXAMPLES = """\
+examples:
+  tp-kernels bench overlap --ranks 4 --rows 4096 --csv overlap.csv
+  tp-kernels bench overlap --ranks 4 --tune
 """
 
 _OPS_EXAMPLES = """\

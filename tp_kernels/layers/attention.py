@@ -10,13 +10,14 @@ rotates, normalises and writes to the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from tp_kernels import ops
-from tp_kernels.checkpoint.sharding import shard_heads_sizes
+from tp_kernels.checkpoint.sharding import shard_heads_sizes, shard_range_sizes
 from tp_kernels.comm.functional import copy_to_tensor_parallel
 from tp_kernels.layers.base import TensorParallelLayer
 from tp_kernels.layers.kv_cache import LayerKVCache
@@ -46,6 +47,8 @@ class ParallelAttention(TensorParallelLayer):
         sliding_window: a token sees only this many last positions, its own included; None for all.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
         overlap: see ``RowParallelLinear``.
+        sequence_parallel: input and output are this rank's part of the sequence, in ``shard_range``'s parts; positions
+            are those of the whole sequence. Not with a cache.
         group: TPGroup, process group or mesh; None is the default group, or one rank.
         device: as in torch; ``"meta"`` allocates nothing.
         dtype: of the parameters.
@@ -76,6 +79,7 @@ class ParallelAttention(TensorParallelLayer):
         sliding_window: int | None = None,
         scale: float | None = None,
         overlap: str = "auto",
+        sequence_parallel: bool = False,
         group: Any = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -102,7 +106,8 @@ class ParallelAttention(TensorParallelLayer):
         self.rope, self.sliding_window = rope, sliding_window
         self.scale = head_dim**-0.5 if scale is None else float(scale)
         self.norm_eps = norm_eps
-        factory = {"group": self.group, "device": device, "dtype": dtype}
+        self.sequence_parallel = sequence_parallel
+        factory = {"group": self.group, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         self._add_fused("qkv_proj", QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, bias, **factory))
         sizes = shard_heads_sizes(num_heads, num_kv_heads, self.tp_size)
         self.o_proj = RowParallelLinear(
@@ -122,7 +127,12 @@ class ParallelAttention(TensorParallelLayer):
         self._unrotated: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor | None = None, cache: LayerKVCache | None = None
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: LayerKVCache | None = None,
+        reduce_results: bool = True,
+        sequence_sizes: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Attend.
 
@@ -130,6 +140,8 @@ class ParallelAttention(TensorParallelLayer):
             x: [B, S, hidden_size], the same on all ranks.
             positions: int64 [S] or [B, S] for the rotation; by default 0 .. S-1, with a cache the slots written.
             cache: keys and values so far; see ``LayerKVCache``.
+            reduce_results: False returns ``o_proj``'s ``partial_sum`` and leaves the rest to the caller.
+            sequence_sizes: with ``sequence_parallel``, every rank's length; None asks the other ranks.
 
         Returns:
             [B, S, hidden_size].
@@ -137,24 +149,39 @@ class ParallelAttention(TensorParallelLayer):
         if not isinstance(x, torch.Tensor) or x.dim() != 3:
             got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"ParallelAttention: expected an input [B, S, {self.hidden_size}], got {got}")
-        batch, length = x.shape[0], x.shape[1]
+        batch, length, qkv = x.shape[0], x.shape[1], None
+        if self.sequence_parallel and self.tp_size > 1:
+            if cache is not None:
+                raise ValueError("sequence parallelism is for whole sequences: expected no KV cache")
+            qkv = self.qkv_proj(x, sequence_sizes)
+            length = qkv.shape[1]
+            expected = shard_range_sizes(length, self.tp_size)[self.tp_rank]
+            if x.shape[1] != expected:
+                raise ValueError(f"expected {expected} of {length} tokens on rank {self.tp_rank}, got {x.shape[1]}")
         if positions is not None and positions.shape != (length,) and positions.shape != (batch, length):
             raise ValueError(f"expected positions [{length}] or [{batch}, {length}], got {list(positions.shape)}")
         if cache is not None:
-            return self._forward_cached(x, positions, cache)
-        q, k, v = self.qkv_proj(x).view(batch, length, -1, self.head_dim).split(self._head_counts, dim=2)
+            mixed = self._mix_cached(x, positions, cache)
+        else:
+            mixed = self._mix(self.qkv_proj(x) if qkv is None else qkv, positions)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, self._width_local)
+        return self.o_proj(mixed) if reduce_results else self.o_proj.partial_sum(mixed)
+
+    def _mix(self, qkv: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Attention among tokens without a past: [B, heads of this rank, S, head_dim]."""
+        batch, length = qkv.shape[0], qkv.shape[1]
+        q, k, v = qkv.view(batch, length, -1, self.head_dim).split(self._head_counts, dim=2)
         if self.q_norm is not None:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.rope is not None:
             if positions is None:
-                cos, sin = self.rope.tables(length, x.device)
+                cos, sin = self.rope.tables(length, qkv.device)
                 cos, sin = cos[:length], sin[:length]
             else:
                 cos, sin = self.rope(positions)
             q, k = ops.apply_rope(q, k, cos, sin)
-        out = ops.attention(q, k, v, causal=True, sliding_window=self.sliding_window, scale=self.scale)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, self._width_local))
+        return ops.attention(q, k, v, causal=True, sliding_window=self.sliding_window, scale=self.scale)
 
     def _normed(self, heads: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """QK-norm of this rank's heads; the gradient of the replicated weight is summed over the ranks."""
@@ -166,7 +193,8 @@ class ParallelAttention(TensorParallelLayer):
         weight = copy_to_tensor_parallel(weight.to(torch.promote_types(weight.dtype, torch.float32)), self.group)
         return ops.rms_norm_reference(heads, weight, self.norm_eps).to(heads.dtype)
 
-    def _forward_cached(self, x: torch.Tensor, positions: torch.Tensor | None, cache: LayerKVCache) -> torch.Tensor:
+    def _mix_cached(self, x: torch.Tensor, positions: torch.Tensor | None, cache: LayerKVCache) -> torch.Tensor:
+        """The same over the tokens in the cache and those of ``x``, which it takes in."""
         batch, length = x.shape[0], x.shape[1]
         if (
             cache.batch_size != batch
@@ -200,12 +228,8 @@ class ParallelAttention(TensorParallelLayer):
         if length > 1 and cache.known_empty():
             # A prompt into an empty cache: the same attention as without one, over just the slots that were written.
             k, v = cache.k[:, :, :length].to(q.dtype), cache.v[:, :, :length].to(q.dtype)
-            out = ops.attention(q, k, v, causal=True, sliding_window=self.sliding_window, scale=self.scale)
-        else:
-            out = ops.decode_attention(
-                q, cache.k, cache.v, lengths, scale=self.scale, sliding_window=self.sliding_window
-            )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, self._width_local))
+            return ops.attention(q, k, v, causal=True, sliding_window=self.sliding_window, scale=self.scale)
+        return ops.decode_attention(q, cache.k, cache.v, lengths, scale=self.scale, sliding_window=self.sliding_window)
 
     def _rotation(
         self, positions: torch.Tensor | None, max_len: int, device: torch.device

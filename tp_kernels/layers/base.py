@@ -244,6 +244,13 @@ def check_input(x: torch.Tensor, features: int, weight: torch.Tensor, layer: nn.
         raise ValueError(f"{name}: expected an input of {weight.dtype}, the weight's dtype, got {x.dtype}")
 
 
+def check_linears(linears: Sequence[nn.Linear]) -> None:
+    """ValueError unless all are ``nn.Linear``."""
+    for linear in linears:
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"expected an nn.Linear to shard, got {type(linear).__name__}")
+
+
 def check_dtype(dtype: Any) -> None:
     """ValueError unless ``dtype`` is None or one that parameters can have."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

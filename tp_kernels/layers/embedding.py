@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from tp_kernels.checkpoint.sharding import shard_vocab_sizes
 from tp_kernels.comm.functional import reduce_from_tensor_parallel
 from tp_kernels.layers.base import TensorParallelLayer, check_dtype
-from tp_kernels.layers.linear import ColumnParallelLinear, ranges_from_sizes
+from tp_kernels.layers.linear import ColumnParallelLinear
+from tp_kernels.layers.partition import ranges_from_sizes
 
 __all__ = ["ParallelLMHead", "VocabParallelEmbedding"]
 

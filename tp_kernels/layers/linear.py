@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from tp_kernels import ops
-from tp_kernels.checkpoint.sharding import shard_range_sizes, shard_width_sizes
+from tp_kernels.checkpoint.sharding import shard_range_sizes
 from tp_kernels.comm.functional import (
     copy_to_tensor_parallel,
     gather_from_sequence_parallel,
@@ -32,42 +32,18 @@ from tp_kernels.comm.functional import (
     reduce_scatter_to_sequence_parallel,
     scatter_to_tensor_parallel,
 )
-from tp_kernels.layers.base import TensorParallelLayer, TensorShard, check_dtype, check_input
+from tp_kernels.comm.overlap import check_offered, may_overlap
+from tp_kernels.layers.base import TensorParallelLayer, TensorShard, check_dtype, check_input, check_linears
+from tp_kernels.layers.partition import checked_partition, ranges_from_sizes
+from tp_kernels.ops._gpu import autocast_dtype, takes_kernels
+from tp_kernels.ops._gpu_linear import gpu_linear
+from tp_kernels.ops._library import needs_grad, watched
 
 __all__ = ["ColumnParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"]
 
 # Activations are [..., sequence, hidden].
 _SEQUENCE_DIM = -2
 _OVERLAP_MODES = ("auto", "none", "chunked", "fused")
-
-
-def ranges_from_sizes(sizes: Sequence[int]) -> list[range]:
-    """Adjacent ranges of the given extents, starting at 0."""
-    ranges, start = [], 0
-    for size in sizes:
-        ranges.append(range(start, start + size))
-        start += size
-    return ranges
-
-
-def _checked_partition(total: int, partition: Sequence[int] | None, world_size: int, what: str) -> list[int]:
-    """Every rank's extent of a dimension: ``shard_width`` unless given. ValueError when a rank would get nothing."""
-    if not isinstance(total, int) or isinstance(total, bool) or total < 1:
-        raise ValueError(f"{what} must be a positive int, got {total!r}")
-    if partition is None:
-        if total < world_size:
-            raise ValueError(f"cannot spread {what}={total} over {world_size} ranks; expected at least one a rank")
-        return shard_width_sizes(total, world_size)
-    if len(partition) != world_size or sum(partition) != total or min(partition) < 1:
-        raise ValueError(f"partition must be {world_size} positive sizes that sum to {what}={total}, got {partition}")
-    return list(partition)
-
-
-def check_linears(linears: Sequence[nn.Linear]) -> None:
-    """ValueError unless all are ``nn.Linear``."""
-    for linear in linears:
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"expected an nn.Linear to shard, got {type(linear).__name__}")
 
 
 class _ParallelLinear(TensorParallelLayer):
@@ -191,7 +167,7 @@ class ColumnParallelLinear(_ParallelLinear):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(group)
-        sizes = _checked_partition(out_features, partition, self.tp_size, "out_features")
+        sizes = checked_partition(out_features, partition, self.tp_size, "out_features")
         pieces = [("", out_features, ranges_from_sizes(sizes))]
         self._build(in_features, pieces, bias, gather_output, sequence_parallel, skip_bias_add, device, dtype)
 
@@ -220,14 +196,30 @@ class ColumnParallelLinear(_ParallelLinear):
         if self.tp_size == 1:
             return x
         if self.sequence_parallel:
-            if x.dim() < 2:
-                raise ValueError(f"expected an input [..., sequence, {self.in_features}], got {list(x.shape)}")
-            if sequence_sizes is None:
-                sequence_sizes = self._exchange_lengths(x)
+            sequence_sizes = self._sequence_sizes(x, sequence_sizes)
             return gather_from_sequence_parallel(x, self.group, dim=_SEQUENCE_DIM, sizes=sequence_sizes)
         if x.requires_grad and torch.is_grad_enabled():
             return copy_to_tensor_parallel(x, self.group)
         return x
+
+    def project(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        sequence_sizes: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """``ops.linear`` of ``parallel_input(x, sequence_sizes)``; its backward overlaps where the group can."""
+        if self.tp_size > 1 and torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad:
+            check_input(x, self.in_features, weight, self)
+            sizes = self._sequence_sizes(x, sequence_sizes) if self.sequence_parallel else None
+            return ops.column_parallel_linear(x, weight, bias, group=self.group, sequence_sizes=sizes)
+        return ops.linear(self.parallel_input(x, sequence_sizes), weight, bias)
+
+    def _sequence_sizes(self, x: torch.Tensor, sizes: Sequence[int] | None) -> Sequence[int]:
+        if x.dim() < 2:
+            raise ValueError(f"expected an input [..., sequence, {self.in_features}], got {list(x.shape)}")
+        return self._exchange_lengths(x) if sizes is None else sizes
 
     def _exchange_lengths(self, x: torch.Tensor) -> list[int]:
         """Every rank's sequence length. Eight bytes a rank; a rank cannot infer the others' from its own."""
@@ -245,7 +237,7 @@ class ColumnParallelLinear(_ParallelLinear):
             The output, or ``(output, bias or None)`` with ``skip_bias_add``.
         """
         bias = None if self.skip_bias_add else self.bias
-        out = ops.linear(self.parallel_input(x, sequence_sizes), self.weight, bias)
+        out = self.project(x, self.weight, bias, sequence_sizes)
         if self.gather_output:
             out = self._gather(out)
         if not self.skip_bias_add:
@@ -321,7 +313,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         self.names = names
         self.out_features_list = list(out_features)
         pieces = [
-            (name, total, ranges_from_sizes(_checked_partition(total, None, self.tp_size, "out_features")))
+            (name, total, ranges_from_sizes(checked_partition(total, None, self.tp_size, "out_features")))
             for name, total in zip(names, out_features, strict=True)
         ]
         self._build(in_features, pieces, bias, gather_output, sequence_parallel, skip_bias_add, device, dtype)
@@ -405,7 +397,7 @@ class RowParallelLinear(_ParallelLinear):
         if not isinstance(out_features, int) or isinstance(out_features, bool) or out_features < 1:
             raise ValueError(f"out_features must be a positive int, got {out_features!r}")
         self.in_features, self.out_features = in_features, out_features
-        self.partition = _checked_partition(in_features, partition, self.tp_size, "in_features")
+        self.partition = checked_partition(in_features, partition, self.tp_size, "in_features")
         self.in_features_local = self.partition[self.tp_rank]
         self.input_is_parallel = input_is_parallel
         self.reduce_results = reduce_results
@@ -425,7 +417,7 @@ class RowParallelLinear(_ParallelLinear):
         """
         weight = self.weight
         if self.overlap != "auto" and self.overlap != "none":
-            self._check_overlap(x)
+            check_offered(self.overlap, self.group, x.device)
         if self.tp_size == 1:
             check_input(x, self.in_features, weight, self)
             out = ops.linear(x, weight, None if self.skip_bias_add else self.bias)
@@ -435,7 +427,35 @@ class RowParallelLinear(_ParallelLinear):
             x = scatter_to_tensor_parallel(x, self.group, dim=-1, sizes=self.partition)
         else:
             check_input(x, self.in_features_local, weight, self)
-        return self.reduce_partial(ops.linear(x, weight))
+        rows = x.numel() // self.in_features_local
+        if self.sequence_parallel and self.overlap == "chunked" and x.dim() > 1:
+            sizes = shard_range_sizes(x.shape[_SEQUENCE_DIM], self.tp_size)
+            out = ops.linear_reduce_scatter(x, weight, sizes=sizes, group=self.group, overlap="chunked")
+            return self._with_bias(out)
+        if self.sequence_parallel or not self.reduce_results or not may_overlap(self.group, self.overlap, rows):
+            return self.reduce_partial(ops.linear(x, weight))
+        bias = None if self.skip_bias_add else self.bias
+        overlap, total = self.overlap, self.in_features
+        out = ops.linear_all_reduce(x, weight, bias, group=self.group, overlap=overlap, in_features=total)
+        return (out, self.bias) if self.skip_bias_add else out
+
+    def partial_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's ``x @ weight.T`` alone: neither summed over the ranks nor biased.
+
+        For who does the rest, as ``ops.all_reduce_add_rms_norm`` does. Without gradients the result may lie in memory
+        that the group's ranks share (see ``SymmetricMemoryCommunicator.get_buffer``): it is good until the next partial
+        sum of any layer of the group.
+
+        Args:
+            x: [..., in_features_local].
+        """
+        weight = self.weight
+        check_input(x, self.in_features_local, weight, self)
+        get_buffer = getattr(self.group.communicator, "get_buffer", None)
+        if get_buffer is None or watched() or needs_grad(x, weight) or not takes_kernels(x):
+            return ops.linear(x, weight)
+        buffer = get_buffer((*x.shape[:-1], self.out_features), x.dtype) if autocast_dtype(x) is None else None
+        return ops.linear(x, weight) if buffer is None else gpu_linear(x, weight, out=buffer)
 
     def reduce_partial(self, out: torch.Tensor):
         """What follows the local matmul: the sum over the ranks, then the bias.
@@ -446,31 +466,22 @@ class RowParallelLinear(_ParallelLinear):
         Returns:
             As ``forward``.
         """
-        bias = self.bias
         if self.sequence_parallel and self.tp_size > 1:
             if out.dim() < 2:
                 raise ValueError(f"expected an input [..., sequence, features], got one that gives {list(out.shape)}")
             sizes = shard_range_sizes(out.shape[_SEQUENCE_DIM], self.tp_size)
             out = reduce_scatter_to_sequence_parallel(out, self.group, dim=_SEQUENCE_DIM, sizes=sizes)
-            if bias is not None:
-                bias = copy_to_tensor_parallel(bias, self.group)  # each rank sees only its tokens' part of the gradient
         elif self.reduce_results:
             out = reduce_from_tensor_parallel(out, self.group, inplace=True)
+        return self._with_bias(out)
+
+    def _with_bias(self, out: torch.Tensor):
+        bias = self.bias
+        if bias is not None and self.sequence_parallel and self.tp_size > 1:
+            bias = copy_to_tensor_parallel(bias, self.group)  # each rank sees only its tokens' part of the gradient
         if self.skip_bias_add:
             return out, bias
         return out if bias is None else out + bias
-
-    def _check_overlap(self, x: torch.Tensor) -> None:
-        if not x.is_cuda:
-            raise ValueError(
-                f'overlap="{self.overlap}" needs CUDA tensors, got one on {x.device}; use "auto" or "none"'
-            )
-        offered = getattr(self.group.communicator, "overlap_modes", ())
-        if self.overlap not in offered:
-            raise ValueError(
-                f'overlap="{self.overlap}" is not offered by the {self.group.backend} communicator of group '
-                f'{self.group.name!r} (it offers: {", ".join(offered) or "none"}); use "auto" or "none"'
-            )
 
     def load_full_weight(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Take this rank's columns of the full ``weight`` [out_features, in_features], and the whole ``bias``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tp_kernels import ops
-from tp_kernels.layers.base import TensorParallelLayer
+from tp_kernels.layers.base import TensorParallelLayer, check_input
 from tp_kernels.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from tp_kernels.ops._gpu import on_gpu
 from tp_kernels.ops._library import needs_grad
@@ -35,6 +36,7 @@ class ParallelMLP(TensorParallelLayer):
         bias: a bias for all three projections.
         activation: of the gate: "silu", "gelu" or "gelu_tanh".
         overlap: see ``RowParallelLinear``.
+        sequence_parallel: input and output are this rank's part of dimension -2, in ``shard_range``'s parts.
         group: TPGroup, process group or mesh; None is the default group, or one rank.
         device: as in torch; ``"meta"`` allocates nothing.
         dtype: of the parameters.
@@ -51,6 +53,7 @@ class ParallelMLP(TensorParallelLayer):
         bias: bool = False,
         activation: str = "silu",
         overlap: str = "auto",
+        sequence_parallel: bool = False,
         group: Any = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -59,26 +62,46 @@ class ParallelMLP(TensorParallelLayer):
         if activation not in _GATES:
             raise ValueError(f"activation must be one of {', '.join(_GATES)}, got {activation!r}")
         self.hidden_size, self.intermediate_size, self.activation = hidden_size, intermediate_size, activation
-        factory = {"group": self.group, "device": device, "dtype": dtype}
+        self.sequence_parallel = sequence_parallel
+        factory = {"group": self.group, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         gate_up = MergedColumnParallelLinear(
             hidden_size, [intermediate_size] * 2, bias, names=("gate_proj", "up_proj"), **factory
         )
         self._add_fused("gate_up_proj", gate_up)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, overlap=overlap, **factory)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the block to ``x`` [..., hidden_size]."""
+    def forward(
+        self, x: torch.Tensor, reduce_results: bool = True, sequence_sizes: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Apply the block.
+
+        Args:
+            x: [..., hidden_size].
+            reduce_results: False returns ``down_proj``'s ``partial_sum`` and leaves the rest to the caller.
+            sequence_sizes: with ``sequence_parallel``, every rank's length; None asks the other ranks.
+        """
         gate_up = self.gate_up_proj
-        x = gate_up.parallel_input(x)
+        if self.sequence_parallel and self.tp_size > 1:
+            return self.down_proj(self._gated(gate_up.parallel_input(x, sequence_sizes)))
         if self.activation == "silu":
-            if self._trains_fused(x):
-                out = ops.swiglu_mlp(x, gate_up.weight, self.down_proj.weight, gate_up.bias)
+            check_input(x, self.hidden_size, gate_up.weight, gate_up)
+            group = self.group if self.tp_size > 1 else None
+            if reduce_results and self._trains_fused(x):
+                out = ops.swiglu_mlp(x, gate_up.weight, self.down_proj.weight, gate_up.bias, group=group)
                 return self.down_proj.reduce_partial(out)
-            hidden = ops.swiglu_linear(x, gate_up.weight, gate_up.bias)
+            hidden = ops.swiglu_linear(x, gate_up.weight, gate_up.bias, group=group)
         else:
-            gate, up = ops.linear(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
+            gate, up = gate_up.project(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
             hidden = _GATES[self.activation](gate) * up
-        return self.down_proj(hidden)
+        return self.down_proj(hidden) if reduce_results else self.down_proj.partial_sum(hidden)
+
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's channels for all tokens, which ``x`` holds already."""
+        gate_up = self.gate_up_proj
+        if self.activation == "silu":
+            return ops.swiglu_linear(x, gate_up.weight, gate_up.bias)
+        gate, up = ops.linear(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
+        return _GATES[self.activation](gate) * up
 
     def _trains_fused(self, x: torch.Tensor) -> bool:
         """Whether the fused MLP takes over the down projection's matmul: for its backward, on GPUs.

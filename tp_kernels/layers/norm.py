@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from tp_kernels import ops
+from tp_kernels.comm.functional import copy_to_tensor_parallel
+from tp_kernels.comm.tp_group import TPGroup
 from tp_kernels.layers.base import check_dtype
 
 __all__ = ["RMSNorm"]
@@ -19,6 +21,8 @@ class RMSNorm(nn.Module):
     Args:
         hidden_size: size of the last dimension.
         eps: added to the mean square.
+        sequence_group: TPGroup over which the tokens are spread (sequence parallelism); the weight's gradient is then
+            summed over its ranks. None when every rank sees all tokens.
         device: as in torch.
         dtype: of the weight.
 
@@ -26,12 +30,20 @@ class RMSNorm(nn.Module):
         [..., hidden_size] -> the same; with ``residual``, a pair of them.
     """
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6, *, device: Any = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        sequence_group: TPGroup | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if not isinstance(hidden_size, int) or hidden_size < 1:
             raise ValueError(f"hidden_size must be a positive int, got {hidden_size!r}")
         check_dtype(dtype)
-        self.hidden_size, self.eps = hidden_size, eps
+        self.hidden_size, self.eps, self.sequence_group = hidden_size, eps, sequence_group
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -47,6 +59,8 @@ class RMSNorm(nn.Module):
             raise ValueError(f"RMSNorm: expected an input of shape [..., {self.hidden_size}], got {list(x.shape)}")
         if x.device != self.weight.device:
             raise ValueError(f"RMSNorm: expected an input on {self.weight.device}, where the weight is, got {x.device}")
+        if self.sequence_group is not None and self.weight.requires_grad and torch.is_grad_enabled():
+            return self._of_some_tokens(x, residual)
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps)
         if residual.shape != x.shape:
@@ -55,6 +69,39 @@ class RMSNorm(nn.Module):
             summed = x + residual
             return ops.rms_norm(summed, self.weight, self.eps), summed
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def _of_some_tokens(self, x: torch.Tensor, residual: torch.Tensor | None):
+        # In fp32, so that the gradient is rounded once, after the sum; the product of two 16-bit values is exact in
+        # fp32, hence the result has the same bits.
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight = copy_to_tensor_parallel(weight, self.sequence_group)
+        summed = x if residual is None else x + residual
+        dtype = torch.promote_types(summed.dtype, self.weight.dtype)
+        normed = ops.rms_norm(summed, weight, self.eps).to(dtype)
+        return normed if residual is None else (normed, summed)
+
+    def add_reduced(
+        self,
+        partial: torch.Tensor,
+        residual: torch.Tensor,
+        group: TPGroup,
+        bias: torch.Tensor | None = None,
+        *,
+        gather_sum: bool = True,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``forward(all_reduce(partial) + bias, residual)``, in one kernel where the group offers it.
+
+        Args:
+            partial: [..., hidden_size], this rank's part of a row-parallel layer's sum; may be overwritten.
+            residual: [..., hidden_size].
+            group: of the row-parallel layer.
+            bias: that layer's.
+            gather_sum, out: see ``ops.all_reduce_add_rms_norm``.
+        """
+        return ops.all_reduce_add_rms_norm(
+            partial, residual, self.weight, self.eps, group, bias, gather_sum=gather_sum, out=out
+        )
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, eps={self.eps}"

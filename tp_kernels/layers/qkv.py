@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from tp_kernels import ops
 from tp_kernels.checkpoint.sharding import shard_heads
 from tp_kernels.comm.process_group import TPGroup
 from tp_kernels.layers.base import TensorParallelLayer
@@ -119,10 +118,9 @@ class QKVParallelLinear(ColumnParallelLinear):
         if not self._kv_replicated or not torch.is_grad_enabled():
             return super().forward(x, sequence_sizes)
         weight, bias = self._shared(self.weight), self._shared(self.bias)
-        x = self.parallel_input(x, sequence_sizes)
         if self.skip_bias_add:
-            return ops.linear(x, weight), bias
-        return ops.linear(x, weight, bias)
+            return self.project(x, weight, None, sequence_sizes), bias
+        return self.project(x, weight, bias, sequence_sizes)
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views of this rank's queries, keys and values: [..., num_heads_local * head_dim] and twice the KV width."""

@@ -24,6 +24,7 @@ from tp_kernels.layers import (
     RotaryEmbedding,
     VocabParallelEmbedding,
 )
+from tp_kernels.layers.decoder import is_plain
 from tp_kernels.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -72,13 +73,26 @@ class _Decoder(nn.Module):
         self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, cache: KVCache | None = None
     ) -> torch.Tensor:
         x, residual = self.embed_tokens(input_ids), None
-        if cache is None:
-            for layer in self.layers:
-                x, residual = layer(x, residual, positions)
-        else:
-            for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-                x, residual = layer(x, residual, positions, layer_cache)
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        if self._fuses_norms(x):
+            for layer, layer_cache in zip(self.layers, caches, strict=True):
+                x, residual = layer(x, residual, positions, layer_cache, keep_partial=True)
+            group = self.embed_tokens.group
+            return self.norm.add_reduced(x.partial, residual, group, x.bias, gather_sum=False)[0]
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, positions, layer_cache)
         return self.norm(x, residual)[0]
+
+    def _fuses_norms(self, x: torch.Tensor) -> bool:
+        """Whether every sum over the ranks of this pass is left to the norm behind it; see ``ParallelDecoderLayer``."""
+        group = self.embed_tokens.group
+        if not getattr(group.communicator, "fused_norm", False) or not len(self.layers):
+            return False
+        return (
+            is_plain(self.norm, RMSNorm)
+            and self.norm.weight.dtype is x.dtype
+            and all(is_plain(layer, ParallelDecoderLayer) and layer.fuses_norms(x) for layer in self.layers)
+        )
 
 
 class ParallelCausalLM(nn.Module):

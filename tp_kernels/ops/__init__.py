@@ -5,6 +5,7 @@ where no faster path was measured.
 """
 
 from tp_kernels.ops._explain import Path, explain
+from tp_kernels.ops.all_reduce_norm import all_reduce_add_rms_norm, all_reduce_add_rms_norm_reference
 from tp_kernels.ops.attention import attention, attention_reference
 from tp_kernels.ops.column_parallel_linear import column_parallel_linear, column_parallel_linear_reference
 from tp_kernels.ops.cpu_weights import advise_huge
@@ -29,6 +30,7 @@ from tp_kernels.ops.linear_all_reduce import (
     linear_all_reduce,
     linear_all_reduce_reference,
 )
+from tp_kernels.ops.linear_reduce_scatter import linear_reduce_scatter
 from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tp_kernels.ops.qkv import qkv_rope_cache, qkv_rope_cache_reference
 from tp_kernels.ops.rope import apply_rope, apply_rope_reference
@@ -40,6 +42,8 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_reference",
     "advise_huge",
+    "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_reference",
     "apply_rope",
     "apply_rope_reference",
     "attention",
@@ -63,6 +67,7 @@ __all__ = [
     "linear",
     "linear_all_reduce",
     "linear_all_reduce_reference",
+    "linear_reduce_scatter",
     "linear_reference",
     "qkv_rope_cache",
     "qkv_rope_cache_reference",

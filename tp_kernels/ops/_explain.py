@@ -12,7 +12,7 @@ from torch import Tensor
 from tp_kernels._native import native
 from tp_kernels.ops._gpu import on_gpu
 from tp_kernels.ops._gpu_linear import choose_linear, choose_swiglu_linear
-from tp_kernels.ops._library import watched
+from tp_kernels.ops._library import needs_grad, watched
 from tp_kernels.ops.attention import choose_attention
 from tp_kernels.ops.cross_entropy import choose_cross_entropy
 from tp_kernels.ops.decode_attention import choose_decode_attention, native_decode_reason
@@ -27,18 +27,31 @@ from tp_kernels.ops.tuning import Choice
 
 __all__ = ["Path", "explain"]
 
+
+def _native_swiglu_reason(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, group: Any = None) -> str | None:
+    return native_linear_reason(x, w_gate_up, bias)
+
+
+def _choose_swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, group: Any = None) -> Choice:
+    return choose_swiglu_linear(x, w_gate_up, bias, save_gate_up=needs_grad(x, w_gate_up, bias))
+
+
+def _choose_swiglu_mlp(*args: Any, group: Any = None, **kwargs: Any) -> Choice:
+    return choose_swiglu_backward(*args, **kwargs)
+
+
 _ON_CPU: dict[str, Callable[..., str | None]] = {
     "linear": native_linear_reason,
-    "swiglu_linear": native_linear_reason,
+    "swiglu_linear": _native_swiglu_reason,
     "silu_mul": native_silu_mul_reason,
-    "rms_norm": native_norm_reason,
-    "add_rms_norm": native_norm_reason,
+    "rms_norm": lambda x, weight, eps=0.0: native_norm_reason(x, weight),
+    "add_rms_norm": lambda x, residual, weight, eps=0.0: native_norm_reason(x, residual, weight),
     "qkv_rope_cache": native_qkv_reason,
     "decode_attention": native_decode_reason,
 }
 _ON_GPU: dict[str, Callable[..., Choice]] = {
     "linear": choose_linear,
-    "swiglu_linear": choose_swiglu_linear,
+    "swiglu_linear": _choose_swiglu_linear,
     "silu_mul": choose_silu_mul,
     "rms_norm": choose_rms_norm,
     "add_rms_norm": choose_add_rms_norm,
@@ -48,7 +61,7 @@ _ON_GPU: dict[str, Callable[..., Choice]] = {
     "flash_attention": choose_flash_attention,
     "flash_attention_varlen": choose_flash_attention_varlen,
     "decode_attention": choose_decode_attention,
-    "swiglu_mlp": choose_swiglu_backward,
+    "swiglu_mlp": _choose_swiglu_mlp,
     "cross_entropy": choose_cross_entropy,
 }
 

@@ -82,26 +82,32 @@ def _plan(op: str, info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, sa
         # Triton's launcher knows of divisibility by 16 elements only; without it the loads of these kernels are scalar.
         return _Plan("torch", f"{path} takes rows of a multiple of 16 elements, not {k}; nearest measurement: {reason}")
     try:
-        return _Plan(path, reason, *_launcher(op, path, entry.config))
+        launch, config, module = _launcher(op, path, entry.config)
     except (KeyError, TypeError):
         return _Plan("torch", f"{path} with {entry.config} is of another version of this package; tune again")
+    if config is not None and path != "triton":
+        # It was measured for as little as half the rows, of which the kernels keep tiles.
+        needed = module.shared_bytes(config, m, op == "swiglu_linear", dtype.itemsize)
+        config = config if needed <= info.max_shared else None
+    return _Plan(path, reason, launch, config)
 
 
-def _launcher(op: str, path: str, config: dict[str, Any]) -> tuple[Callable[..., None], Any]:
+def _launcher(op: str, path: str, config: dict[str, Any]) -> tuple[Callable[..., None], Any, Any]:
+    """The kernels' launcher, its configuration (None: the default), and their module."""
     if path == "gemv":
         from tp_kernels.ops.kernels import gemv
 
-        return gemv.gemv, gemv.Config(**config) if config else None
+        return gemv.gemv, gemv.Config(**config) if config else None, gemv
     if path == "skinny":
         from tp_kernels.ops.kernels import skinny
 
-        return skinny.skinny_matmul, skinny.Config(**config) if config else None
+        return skinny.skinny_matmul, skinny.Config(**config) if config else None, skinny
     if path != "triton":
         raise KeyError(path)
     from tp_kernels.ops.kernels import matmul, swiglu_matmul
 
     launcher = swiglu_matmul.swiglu_matmul if op == "swiglu_linear" else matmul.matmul
-    return launcher, matmul.Config(**config) if config else None
+    return launcher, matmul.Config(**config) if config else None, matmul
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
@@ -200,13 +206,17 @@ def gpu_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``linear`` on a GPU without recording a gradient; arguments were checked, and ``takes_kernels(x)`` holds."""
+    """``linear`` on a GPU without recording a gradient; arguments were checked, and ``takes_kernels(x)`` holds.
+
+    ``out``: contiguous, where the result goes (not under autocast); None allocates.
+    """
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight, bias, residual = _cast(dtype, x, weight, bias, residual)
     plan = _decide("linear" if residual is None else "linear_residual", x, weight, bias, residual)
-    return _run_linear(plan, x, weight, bias, residual, activation, _settled(weight))
+    return _run_linear(plan, x, weight, bias, residual, activation, _settled(weight), out)
 
 
 def _run_linear(
@@ -217,11 +227,18 @@ def _run_linear(
     residual: Tensor | None,
     activation: str | None,
     weights_ready: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    if plan.launch is None:
-        return _torch_linear(x, weight, bias, residual, activation)
     n, k = weight.shape
-    out = new_like(x, n)
+    if plan.launch is None:
+        if out is None:
+            return _torch_linear(x, weight, bias, residual, activation)
+        if bias is None and residual is None and activation is None and type(weight) in PLAIN_TYPES:
+            torch.mm(x.reshape(-1, k), weight.t(), out=out.view(-1, n))
+            return out
+        return out.copy_(_torch_linear(x, weight, bias, residual, activation))
+    if out is None:
+        out = new_like(x, n)
     rows = _rows(out, n)
     if bias is not None:
         bias = bias.contiguous()

@@ -6,8 +6,8 @@
 Shapes: ``partial``, ``residual`` [..., H]; ``weight``, ``bias`` [H].
 
 Numerics with ``round_before_norm`` (the default): the sum over ranks, the addition of the bias and that of the residual
-each round to the dtype, as separate ops do; then ``ops.add_rms_norm``'s norm. So where the fused kernel runs, the sum has
-the bits of ``group.all_reduce`` followed by ``ops.add_rms_norm``, on every communicator that adds in rank order. Without
+each round to the dtype, as separate ops do; then comes ``ops.add_rms_norm``'s norm. So the fused kernel's sum has the
+bits of ``group.all_reduce`` followed by ``ops.add_rms_norm``, on every communicator that adds in rank order. Without
 it, everything between the operands and the two results is fp32, and each result is rounded once.
 
 The fused kernel (csrc/kernels/peer_norm.cu) runs where the group's communicator offers it (``fused_norm``) and no
@@ -75,6 +75,8 @@ def fused_norm_reason(
         return "a gradient is needed"
     if watched():
         return "the call is being traced"
+    if partial.device.type != group.device_type:
+        return f"the operands are on {partial.device.type}"
     dtype = partial.dtype
     for tensor in (partial, residual, weight, bias):
         if tensor is None:
@@ -112,8 +114,8 @@ def all_reduce_add_rms_norm(
         group: as for ``resolve_group``.
         bias: [H], added once.
         round_before_norm: round where separate ops would; False keeps fp32 from the sum to each result.
-        gather_sum: False allows the sum to be valid only in the rows that the next call of the same shape, with
-            ``gather_sum=False`` too, reads on this rank. For a chain of calls whose last sum nobody needs.
+        gather_sum: False allows the sum to be valid only in the rows that the next call of the same shape reads on this
+            rank. For a chain of calls whose last sum nobody needs.
         out: where the fused kernel puts the normed rows; others ignore it. See ``get_buffer`` of the communicator.
 
     Returns:

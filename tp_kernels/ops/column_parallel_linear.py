@@ -146,7 +146,7 @@ def column_parallel_linear(
         group = resolve_group(group)
     if (
         group.world_size > 1
-        and offers_overlap(group.communicator)
+        and offers_overlap(group)
         and needs_grad(x)
         and not watched()
         and autocast_dtype(x) is None

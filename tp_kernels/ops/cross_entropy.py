@@ -151,7 +151,10 @@ def choose_cross_entropy(
     """Which GPU path ``cross_entropy`` takes for these arguments ("triton" or "torch"), and why."""
     reason, entry = _decide("cross_entropy", logits, targets)
     if entry is not None:
-        return tuning.Choice(entry.path, f"measured on {entry.source}: {entry.figures()}", entry.config)
+        measured = f"measured on {entry.source}: {entry.figures()}"
+        return (
+            tuning.Choice("torch", measured) if reason is not None else tuning.Choice("triton", measured, entry.config)
+        )
     if reason is not None:
         return tuning.Choice("torch", reason)
     return tuning.Choice("triton", f"not measured on {gpu_of(logits).name}; one read of the logits, no fp32 copy")
@@ -164,7 +167,7 @@ def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor
         from tp_kernels.ops.kernels import cross_entropy as kernels
 
         rows = tuple(logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(3))
-        config = kernels.Config(**entry.config) if entry is not None and entry.config else None
+        config = tuning.configuration(entry, kernels.Config)
         kernels.cross_entropy_forward(*rows, logits, targets.contiguous(), ignore_index, config)
         return rows
     maximum, total, target = cross_entropy_stats_reference(logits, targets, 0, ignore_index, logits.shape[-1])
@@ -180,7 +183,7 @@ def _stats(
         from tp_kernels.ops.kernels import cross_entropy as kernels
 
         rows = tuple(logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(3))
-        config = kernels.Config(**entry.config) if entry is not None and entry.config else None
+        config = tuning.configuration(entry, kernels.Config)
         words = _ANY_WORD if vocab_size is None else vocab_size
         kernels.cross_entropy_stats(*rows, logits, targets.contiguous(), vocab_start, words, ignore_index, config)
         return rows
@@ -206,7 +209,7 @@ def _backward(
         inplace = inplace and kernels.can_overwrite(logits)
         out = logits if inplace else logits.new_empty(logits.shape)
         rows = (t.to(torch.float32).contiguous() for t in (maximum, total, grad))
-        config = kernels.BackwardConfig(**entry.config) if entry is not None and entry.config else None
+        config = tuning.configuration(entry, kernels.BackwardConfig)
         kernels.cross_entropy_backward(out, logits, targets.contiguous(), *rows, vocab_start, ignore_index, config)
     else:
         out = cross_entropy_backward_reference(logits, targets, maximum, total, grad, vocab_start, ignore_index)

@@ -28,7 +28,7 @@ from tp_kernels.ops._gpu import autocast_dtype, gpu_of, kernels_reason, on_gpu, 
 from tp_kernels.ops._library import CPU_DTYPES, define_op, needs_grad, plain_cpu, plain_reason, watched
 from tp_kernels.ops.attention import allowed_mask, check_attention, plain_attention
 from tp_kernels.ops.kernels import decode_config
-from tp_kernels.ops.tuning import Choice, Entry, lookup
+from tp_kernels.ops.tuning import Choice, Entry, configuration, lookup
 
 __all__ = ["choose_decode_attention", "decode_attention", "decode_attention_reference"]
 
@@ -271,7 +271,8 @@ def choose_decode_attention(
         return Choice("torch", reason)
     entry, capacity = _measured(q, k_cache, sliding_window, page_table)
     if entry is not None:
-        return Choice(entry.path, f"{entry.figures()} ({entry.source})", entry.config)
+        reason = f"{entry.figures()} ({entry.source})"
+        return Choice("triton", reason, entry.config) if entry.path == "triton" else Choice("torch", reason)
     reason = (
         f"not measured on {gpu_of(q).name}; PyTorch's attention would need a mask tensor for rows of different length, "
         f"and would read all {capacity} positions of every row"
@@ -284,9 +285,9 @@ def _config(
 ) -> decode_config.Config | str | None:
     """A measured configuration or "torch"; None for the kernel's default. What ``choose_decode_attention`` says."""
     entry, _ = _measured(q, k_cache, sliding_window, page_table)
-    if entry is None:
-        return None
-    return decode_config.Config(**entry.config) if entry.path == "triton" else entry.path
+    if entry is not None and entry.path != "triton":
+        return "torch"
+    return configuration(entry, decode_config.Config)
 
 
 def _decode_impl(

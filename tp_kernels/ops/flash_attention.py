@@ -186,7 +186,7 @@ def _launch_forward(
         _dense(k),
         _dense(v),
         **form._asdict(),
-        config=module.Config(**choice.config) if choice.config else None,
+        config=tuning.configuration(choice, module.Config),
     )
     return out, lse
 
@@ -271,7 +271,7 @@ def _backward_impl(
         lse.contiguous(),
         **form._asdict(),
         grad_lse=None if grad_lse is None else grad_lse.contiguous(),
-        config=module.Config(**choice.config) if choice.config else None,
+        config=tuning.configuration(choice, module.Config),
     )
     return dq, dk, dv
 

@@ -33,7 +33,15 @@ from torch import Tensor
 from tp_kernels import one_gpu
 from tp_kernels.comm.communicator import Communicator, Handle
 from tp_kernels.comm.functional import copy_to_tensor_parallel, reduce_from_tensor_parallel
-from tp_kernels.comm.overlap import Agreement, agree, agreed, chunk_bounds, offers_overlap, worth_overlapping
+from tp_kernels.comm.overlap import (
+    SMALLEST_CHUNK,
+    Agreement,
+    agree,
+    agreed,
+    chunk_bounds,
+    offers_overlap,
+    worth_overlapping,
+)
 from tp_kernels.comm.process_group import resolve_group
 from tp_kernels.comm.tp_group import TPGroup
 from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, on_gpu
@@ -127,10 +135,20 @@ def _tile(info: GpuInfo, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def planned_chunks(
-    m: int, n: int, dtype: torch.dtype, info: GpuInfo | None, num_sms: int, chunks: int, growth: float = 1.0
+    m: int,
+    n: int,
+    dtype: torch.dtype,
+    info: GpuInfo | None,
+    num_sms: int,
+    chunks: int,
+    growth: float = 1.0,
+    alike: bool = True,
 ) -> _PIECES:
-    """Rows of every chunk: ``chunk_bounds`` with the tile of a GPU; single rows are waves on a CPU."""
-    tile_m, tile_n = (1, max(n, 1)) if info is None else _tile(info, dtype)
+    """Rows of every chunk: ``chunk_bounds`` with a tile of the GPU; on a CPU (``info`` None) a row is a wave.
+
+    Without ``alike`` the ranks' GPUs may differ, and must not decide.
+    """
+    tile_m, tile_n = (1, max(n, 1)) if info is None else _tile(info, dtype) if alike else (128, 128)
     return chunk_bounds(m, n, num_sms, tile_m, tile_n, chunks, growth)
 
 
@@ -151,7 +169,8 @@ def choose_linear_all_reduce(
     x: Tensor, weight: Tensor, *, group: Any = None, overlap: str = "auto", in_features: int | None = None
 ) -> Choice:
     """What ``linear_all_reduce`` does for these arguments: "chunked" or "none", and why. A collective at first."""
-    communicator = resolve_group(group).communicator
+    group = resolve_group(group)
+    communicator = group.communicator
     if overlap == "none" or communicator.world_size == 1:
         return Choice("none", "requested" if overlap == "none" else "one rank has nobody to talk to")
     if overlap == "chunked":
@@ -161,12 +180,15 @@ def choose_linear_all_reduce(
                 "in a CUDA graph: call once before the capture"
             )
         return Choice("chunked", "requested", {"chunks": DEFAULT_CHUNKS})
-    if not offers_overlap(communicator):
+    if not offers_overlap(group):
         return Choice("none", f"the {communicator.backend} communicator does not work beside the caller's stream")
     if not on_gpu(x):
         return Choice("none", f"the tensors are on {x.device.type}, where every core computes")
     if watched() or type(weight) not in PLAIN_TYPES:
         return Choice("none", "traced code" if watched() else f"the weight is a {type(weight).__name__}")
+    m, n = x.numel() // max(1, x.shape[-1]), weight.shape[0]
+    if m <= SMALLEST_CHUNK:
+        return Choice("none", f"{m} rows are a single row of tiles")
     if in_features is None:
         return Choice("none", "in_features is not given, and a rank's own share does not tell the others'")
     found = _agreement(communicator, x)
@@ -174,7 +196,6 @@ def choose_linear_all_reduce(
         return Choice("none", "the ranks have not compared their tables, and a CUDA graph is being captured")
     if not found.same_tables:
         return Choice("none", "the ranks' GPUs or tuning tables differ")
-    m, n = x.numel() // max(1, x.shape[-1]), weight.shape[0]
     sizes = tuple(overlap_sizes(m, n, in_features, communicator).items())
     return _measured(overlap_table(communicator.backend), gpu_of(x), autocast_dtype(x) or x.dtype, sizes)
 
@@ -188,7 +209,9 @@ def _schedule(
         if sum(chunks) != m or (m and min(chunks) < 1):
             raise ValueError(f"chunks must be positive numbers of rows that sum to {m}, got {list(chunks)}")
         stops = list(accumulate(chunks))
-        return list(zip([0, *stops], stops, strict=False)), overlap != "none" and len(stops) > 1
+        if overlap == "auto":
+            overlap = choose_linear_all_reduce(x, weight, group=group, in_features=in_features).path
+        return list(zip([0, *stops], stops, strict=False)), overlap == "chunked" and len(stops) > 1
     if chunks is not None and (not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1):
         raise ValueError(f"chunks must be a positive int, numbers of rows or None, got {chunks!r}")
     choice = choose_linear_all_reduce(x, weight, group=group, overlap=overlap, in_features=in_features)
@@ -200,7 +223,7 @@ def _schedule(
         raise ValueError("the first call with chunks= cannot be captured in a CUDA graph: call once before the capture")
     info, dtype = gpu_of(x) if on_gpu(x) else None, autocast_dtype(x) or x.dtype
     growth = float(choice.config.get("growth", 1.0)) if chunks is None else 1.0
-    bounds = planned_chunks(m, n, dtype, info, found.num_sms, wanted, growth)
+    bounds = planned_chunks(m, n, dtype, info, found.num_sms, wanted, growth, alike=found.same_tables)
     return bounds, choice.path == "chunked" and len(bounds) > 1
 
 

@@ -157,7 +157,10 @@ def _decide(
 def _choose(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuning.Choice:
     reason, entry = _decide(x, residual, weight, needs_grad(x, residual, weight))
     if entry is not None:
-        return tuning.Choice(entry.path, f"measured on {entry.source}: {entry.figures()}", entry.config)
+        measured = f"measured on {entry.source}: {entry.figures()}"
+        return (
+            tuning.Choice("torch", measured) if reason is not None else tuning.Choice("triton", measured, entry.config)
+        )
     if reason is not None:
         return tuning.Choice("torch", reason)
     passes = "several" if residual is None else "the addition's and the norm's"
@@ -182,7 +185,7 @@ def _launch_forward(
 
     out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) if with_rstd else None
-    config = kernels.Config(**entry.config) if entry is not None and entry.config else None
+    config = tuning.configuration(entry, kernels.Config)
     # In training an optimiser may have changed it a moment ago; otherwise a Parameter is no kernel's fresh result.
     ready = type(weight) is torch.nn.Parameter and not with_rstd
     if residual is None:
@@ -212,7 +215,7 @@ def add_rms_norm_by_rows(
     if reason is None:
         from tp_kernels.ops.kernels import norm as kernels
 
-        config = kernels.Config(**entry.config) if entry is not None and entry.config else None
+        config = tuning.configuration(entry, kernels.Config)
         config = config or kernels.default_config(gpu_of(x), x.dtype, *x.shape)
 
         def normalise(rows: slice) -> None:
@@ -250,7 +253,7 @@ def _backward(
 
             dx = x.new_empty(x.shape)
             dweight = weight.new_empty(weight.shape) if weight_grad else None
-            config = kernels.Config(**entry.config) if entry is not None and entry.config else None
+            config = tuning.configuration(entry, kernels.Config)
             kernels.rms_norm_backward(dx, dweight, grad, x, weight, rstd, sum_grad, config)
             return dx, dweight
     wide, rstd = x.to(rstd.dtype), rstd.view(*x.shape[:-1], 1)

@@ -23,7 +23,7 @@ from tp_kernels.ops._library import CPU_DTYPES, define_op, needs_grad, plain_cpu
 from tp_kernels.ops._qkv_checks import MAX_HEAD_DIM, check_operands, check_ranges, gpu_qkv_reason, native_qkv_reason
 from tp_kernels.ops.norm import rms_norm_reference
 from tp_kernels.ops.rope import apply_rope_reference
-from tp_kernels.ops.tuning import Choice, Entry, lookup
+from tp_kernels.ops.tuning import Choice, Entry, configuration, lookup
 
 __all__ = ["choose_qkv_rope_cache", "native_qkv_reason", "qkv_rope_cache", "qkv_rope_cache_reference"]
 
@@ -81,7 +81,7 @@ def qkv_rope_cache_reference(
         rows, slots = page_table[rows, slots // page_size].to(torch.int64), slots % page_size
     k_cache[rows, :, slots] = k.to(k_cache.dtype)
     v_cache[rows, :, slots] = v.to(v_cache.dtype)
-    return q
+    return q.to(qkv.dtype)  # a norm with a wider weight (autocast) widens it
 
 
 def _native_qkv(
@@ -229,7 +229,8 @@ def choose_qkv_rope_cache(
     entry = _measured(qkv, num_heads, num_kv_heads)
     if entry is None:
         return Choice("triton", f"not measured on {gpu_of(qkv).name}; one launch and one pass instead of about twenty")
-    return Choice(entry.path, f"{entry.figures()} ({entry.source})", entry.config)
+    reason = f"{entry.figures()} ({entry.source})"
+    return Choice("triton", reason, entry.config) if entry.path == "triton" else Choice("torch", reason)
 
 
 def _gpu_qkv(
@@ -256,7 +257,7 @@ def _gpu_qkv(
     if reason is not None:
         return None
     entry = _measured(qkv, num_heads, num_kv_heads)
-    if entry is not None and entry.path == "torch":
+    if entry is not None and entry.path != "triton":
         return None
     from tp_kernels.ops.kernels import qkv_rope
 
@@ -277,7 +278,7 @@ def _gpu_qkv(
         bias=None if bias is None else bias.contiguous(),
         page_table=page_table if page_table is None or page_table.stride(-1) == 1 else page_table.contiguous(),
         new_tokens=None if new_tokens is None else new_tokens.contiguous(),
-        config=qkv_rope.Config(**entry.config) if entry is not None and entry.config else None,
+        config=configuration(entry, qkv_rope.Config),
     )
     return out.transpose(1, 2)
 
@@ -397,7 +398,7 @@ def qkv_rope_cache(
             the right) are not written to the cache; their queries are finite but mean nothing.
 
     Returns:
-        Rotated queries [B, Hq, T, D].
+        Rotated queries [B, Hq, T, D] in ``qkv.dtype``.
 
     Raises:
         ValueError: shapes do not match, a token would land outside the cache, its pages or the table (on the CPU), or a

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from tp_kernels.ops._gpu import gpu_of, kernels_reason, on_gpu
 from tp_kernels.ops._library import PLAIN_TYPES, define_op, needs_grad, watched
-from tp_kernels.ops.tuning import Choice, Entry, lookup
+from tp_kernels.ops.tuning import Choice, Entry, configuration, lookup
 
 __all__ = ["apply_rope", "apply_rope_reference", "choose_apply_rope"]
 
@@ -81,7 +81,7 @@ def _takes_kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool 
     if _gpu_reason(q, k, cos, sin) is not None:
         return False
     entry = _measured(q, k, inverse)
-    return entry is None or entry.path != "torch"
+    return entry is None or entry.path == "triton"
 
 
 def choose_apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Choice:
@@ -92,7 +92,8 @@ def choose_apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Choice:
     entry = _measured(q, k)
     if entry is None:
         return Choice("triton", f"not measured on {gpu_of(q).name}; one launch and one pass instead of several")
-    return Choice(entry.path, f"{entry.figures()} ({entry.source})", entry.config)
+    reason = f"{entry.figures()} ({entry.source})"
+    return Choice("triton", reason, entry.config) if entry.path == "triton" else Choice("torch", reason)
 
 
 def _empty_rotated(x: Tensor, token_major: bool) -> Tensor:
@@ -115,8 +116,7 @@ def _rotate(
     from tp_kernels.ops.kernels import rope
 
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
-    entry = _measured(q, k, inverse)
-    config = rope.Config(**entry.config) if entry is not None and entry.config else None
+    config = configuration(_measured(q, k, inverse), rope.Config)
     rope.rope(*outs, q, k, cos, sin, inverse=inverse, config=config)
     return outs
 

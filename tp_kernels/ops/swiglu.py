@@ -14,6 +14,7 @@ gradient to come either also stores ``gate_up``, from which the backward starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tp_kernels._native import native
+from tp_kernels.comm.functional import copy_to_tensor_parallel
+from tp_kernels.comm.overlap import offers_overlap
+from tp_kernels.comm.tp_group import TPGroup
 from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, kernels_reason, on_gpu, takes_kernels
 from tp_kernels.ops._library import (
     CPU_DTYPES,
@@ -279,12 +283,37 @@ def swiglu_forward(
 
 
 def linear_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], group: TPGroup | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``x @ weight.T + bias`` with respect to x, weight and bias, where wanted."""
+    """Gradients of ``x @ weight.T + bias`` with respect to x, weight and bias, where wanted.
+
+    With ``group`` that of ``x`` is summed over its ranks, while the others are computed.
+    """
     rows = as_rows(grad)
     grad_x = (rows @ weight).view(x.shape) if wanted[0] else None
-    return grad_x, rows.t() @ as_rows(x) if wanted[1] else None, rows.sum(0) if wanted[2] else None
+    summed = None
+    if group is not None and grad_x is not None:
+        summed = group.communicator.all_reduce_async(grad_x, out=grad_x)
+    try:
+        grad_weight = rows.t() @ as_rows(x) if wanted[1] else None
+        grad_bias = rows.sum(0) if wanted[2] else None
+    finally:
+        if summed is not None:
+            summed.wait()
+    return grad_x, grad_weight, grad_bias
+
+
+def shared_input(x: Tensor, weights: Sequence[Tensor], group: TPGroup) -> tuple[Tensor, TPGroup | None]:
+    """For an op whose input all ranks of ``group`` share: the input, and the group if the op's backward shall overlap.
+
+    Elsewhere the gradient is summed after the op's backward, by ``copy_to_tensor_parallel``.
+    """
+    if group.world_size == 1 or not needs_grad(x):
+        return x, None
+    plain = not watched() and autocast_dtype(x) is None and all(type(weight) in PLAIN_TYPES for weight in weights)
+    if plain and offers_overlap(group) and takes_kernels(x):
+        return x, group
+    return copy_to_tensor_parallel(x, group), None
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -294,16 +323,19 @@ def as_rows(x: Tensor) -> Tensor:
 
 class _SwigluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_gate_up: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w_gate_up: Tensor, bias: Tensor | None, group: TPGroup | None = None) -> Tensor:
         out, gate_up = swiglu_forward(x, w_gate_up, bias, True)
         ctx.save_for_backward(x, w_gate_up, gate_up)
+        ctx.group = group
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w_gate_up, gate_up = ctx.saved_tensors
-        return linear_gradients(_gate_up_gradient(grad, gate_up), x, w_gate_up, ctx.needs_input_grad)
+        wanted = ctx.needs_input_grad[:3]
+        grads = linear_gradients(_gate_up_gradient(grad, gate_up), x, w_gate_up, wanted, ctx.group)
+        return (*grads, None)
 
 
 def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -312,7 +344,7 @@ def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tensors if dtype is None else tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
-def _swiglu_linear_gpu(x: Tensor, w_gate_up: Tensor, bias: Tensor | None) -> Tensor:
+def _swiglu_linear_gpu(x: Tensor, w_gate_up: Tensor, bias: Tensor | None, group: TPGroup | None) -> Tensor:
     x, w_gate_up, bias = under_autocast(x, w_gate_up, bias)
     if watched():
         if needs_grad(x, w_gate_up, bias):
@@ -321,17 +353,18 @@ def _swiglu_linear_gpu(x: Tensor, w_gate_up: Tensor, bias: Tensor | None) -> Ten
     if not takes_kernels(x) or type(w_gate_up) not in PLAIN_TYPES:
         return silu_mul(F.linear(x, w_gate_up, bias))
     if needs_grad(x, w_gate_up, bias):
-        return _SwigluLinear.apply(x, w_gate_up, bias)
+        return _SwigluLinear.apply(x, w_gate_up, bias, group)
     return _gpu_forward(x, w_gate_up, bias, False)[0]
 
 
-def swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
+def swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, group: TPGroup | None = None) -> Tensor:
     """``silu(x @ gate.T + b_gate) * (x @ up.T + b_up)``; differentiable.
 
     Args:
         x: [..., K].
         w_gate_up: [2 * I, K], gate rows above up rows.
         bias: [2 * I].
+        group: ranks that share ``x``, each with other rows of the weight: its gradient is summed over them.
 
     Returns:
         [..., I] in ``x.dtype``.
@@ -339,6 +372,8 @@ def swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> T
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
+    if group is not None:
+        x, group = shared_input(x, [w_gate_up], group)
     if watched():
         if not on_gpu(x) and not needs_grad(x, w_gate_up, bias):
             return _SWIGLU_OP(x, w_gate_up, bias)
@@ -348,5 +383,5 @@ def swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> T
             return out
     check_linear(x, w_gate_up, bias, None, None, True)
     if on_gpu(x):
-        return _swiglu_linear_gpu(x, w_gate_up, bias)
+        return _swiglu_linear_gpu(x, w_gate_up, bias, group)
     return silu_mul(F.linear(x, w_gate_up, bias))

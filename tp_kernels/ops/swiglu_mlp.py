@@ -22,12 +22,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tp_kernels.comm.tp_group import TPGroup
 from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, kernels_reason, on_gpu, takes_kernels
 from tp_kernels.ops._library import PLAIN_TYPES, define_op, needs_grad, new_like, watched
 from tp_kernels.ops.linear import check_linear, linear
 from tp_kernels.ops.swiglu import (
     as_rows,
     linear_gradients,
+    shared_input,
     silu_mul_gradient,
     swiglu_forward,
     swiglu_linear,
@@ -144,8 +146,15 @@ _BACKWARD_OP = define_op(
 class _SwigluMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_gate_up: Tensor, w_down: Tensor, bias_gate_up: Tensor | None, recompute: bool
+        ctx: Any,
+        x: Tensor,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        bias_gate_up: Tensor | None,
+        recompute: bool,
+        group: TPGroup | None = None,
     ) -> Tensor:
+        ctx.group = group
         hidden, gate_up = swiglu_forward(x, w_gate_up, bias_gate_up, not recompute)
         ctx.save_for_backward(x, w_gate_up, w_down, bias_gate_up, gate_up)
         return linear(hidden, w_down)
@@ -154,7 +163,7 @@ class _SwigluMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, w_gate_up, w_down, bias_gate_up, gate_up = ctx.saved_tensors
-        wants_x, wants_gate_up, wants_down, wants_bias, _ = ctx.needs_input_grad
+        wants_x, wants_gate_up, wants_down, wants_bias, *_ = ctx.needs_input_grad
         recomputed = gate_up is None
         if recomputed:
             gate_up = F.linear(x, w_gate_up, bias_gate_up)
@@ -167,13 +176,19 @@ class _SwigluMlp(torch.autograd.Function):
             grad_down = as_rows(grad_y).t() @ as_rows(hidden)
         del hidden
         grad_x, grad_weight, grad_bias = linear_gradients(
-            grad_gate_up, x, w_gate_up, (wants_x, wants_gate_up, wants_bias)
+            grad_gate_up, x, w_gate_up, (wants_x, wants_gate_up, wants_bias), ctx.group
         )
-        return grad_x, grad_weight, grad_down, grad_bias, None
+        return grad_x, grad_weight, grad_down, grad_bias, None, None
 
 
 def swiglu_mlp(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, bias_gate_up: Tensor | None = None, recompute: bool = False
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    bias_gate_up: Tensor | None = None,
+    recompute: bool = False,
+    *,
+    group: TPGroup | None = None,
 ) -> Tensor:
     """``(silu(x @ gate.T + b_gate) * (x @ up.T + b_up)) @ w_down.T``; differentiable once on GPUs.
 
@@ -183,6 +198,8 @@ def swiglu_mlp(
         w_down: [N, I].
         bias_gate_up: [2 * I].
         recompute: save only ``x`` for the backward, which then repeats the first matmul.
+        group: ranks that share ``x``, each with its part of the width I: the gradient of ``x`` is summed over them. The
+            result is this rank's part of the sum.
 
     Returns:
         [..., N] in ``x.dtype``.
@@ -191,11 +208,13 @@ def swiglu_mlp(
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     _check(x, w_gate_up, w_down, bias_gate_up)
+    if group is not None:
+        x, group = shared_input(x, [w_gate_up, w_down], group)
     if needs_grad(x, w_gate_up, w_down, bias_gate_up):
         if on_gpu(x):
             x, w_gate_up, w_down, bias_gate_up = under_autocast(x, w_gate_up, w_down, bias_gate_up)
             if watched() or (takes_kernels(x) and type(w_gate_up) in PLAIN_TYPES and type(w_down) in PLAIN_TYPES):
-                return _SwigluMlp.apply(x, w_gate_up, w_down, bias_gate_up, recompute)
+                return _SwigluMlp.apply(x, w_gate_up, w_down, bias_gate_up, recompute, group)
         if recompute:
             return checkpoint(_composed, x, w_gate_up, w_down, bias_gate_up, use_reentrant=False)
     return _composed(x, w_gate_up, w_down, bias_gate_up)

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +30,17 @@ from typing import Any
 from tp_kernels.ops._gpu import A100, H100, GpuInfo, pretend
 from tp_kernels.ops.kernels.launch import AotCase, Launch, recording
 
-__all__ = ["Report", "cases_of", "check_report", "compile_case", "compile_launch", "compile_only", "kernel_modules"]
+__all__ = [
+    "Report",
+    "build_launcher",
+    "cases_of",
+    "check_report",
+    "compile_case",
+    "compile_launch",
+    "compile_only",
+    "kernel_modules",
+    "specialization_key",
+]
 
 # 16 bytes a thread, or a bulk copy.
 _WIDE_LOADS = re.compile(
@@ -64,17 +75,37 @@ def compile_only(launch: Launch, capability: int) -> Any:
     """Triton's compiled kernel of one recorded launch, as its launcher would compile it (and from the same cache)."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
 
-    target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    kernel = launch.kernel
-    bind = create_function_from_signature(inspect.signature(kernel.fn), kernel.params, backend)
+    kernel, target = launch.kernel, GPUTarget("cuda", capability, 32)
+    backend, bind = _binder(kernel, capability)
     bound, specialization, options = bind(*launch.args, **launch.options, debug=False)
     options, signature, constexprs, attrs = kernel._pack_args(backend, dict(options), bound, specialization, None)
     source = _source_type(kernel)(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=options.__dict__)
+
+
+@lru_cache(maxsize=256)
+def _binder(kernel: Any, capability: int) -> tuple[Any, Any]:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    return backend, create_function_from_signature(inspect.signature(kernel.fn), kernel.params, backend)
+
+
+def specialization_key(launch: Launch, capability: int = 90) -> str:
+    """Equal for launches that are served by one compiled kernel."""
+    _, bind = _binder(launch.kernel, capability)
+    _, specialization, options = bind(*launch.args, **launch.options, debug=False)
+    return f"{launch.kernel.fn.__module__}.{launch.kernel.fn.__qualname__} {specialization} {options}"
+
+
+def build_launcher(compiled: Any) -> None:
+    """Build the small C module through which Triton launches a compiled kernel, into its cache; needs libcuda."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    CudaLauncher(compiled.src, compiled.metadata)
 
 
 def compile_launch(launch: Launch, capability: int, name: str = "") -> tuple[Report, Any]:

@@ -17,7 +17,7 @@ import torch
 
 from tp_kernels.testing.bench import Timing
 
-__all__ = ["Measured", "Roofs", "input_sets", "measure_roofs", "time_competitors"]
+__all__ = ["Measured", "Roofs", "input_sets", "measure_roofs", "raise_if_lost", "time_competitors"]
 
 _MAX_CALLS = 100
 
@@ -54,6 +54,7 @@ def time_competitors(
     *,
     rounds: int = 15,
     turn_ms: float = 1.5,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, Measured]:
     """Time ``competitor(*inputs)`` for each competitor.
 
@@ -62,6 +63,7 @@ def time_competitors(
         sets: inputs; calls go round them.
         rounds: interleaved turns.
         turn_ms: about how long one turn of one competitor takes.
+        failures: where the words of a competitor that raised go, and the others are timed; None raises.
 
     Returns:
         One entry a competitor, in the same order.
@@ -71,8 +73,17 @@ def time_competitors(
         return {name: _host(function, sets[0]) for name, function in competitors.items()}
     from tp_kernels.ops.kernels import counters
 
-    turns = {name: _turn(function, sets, turn_ms) for name, function in competitors.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    turns = {}
+    for name, function in competitors.items():
+        try:
+            turns[name] = _turn(function, sets, turn_ms)
+        except Exception as error:  # out of memory with all sets of inputs there, say
+            raise_if_lost(name)
+            if failures is None:
+                raise
+            failures[name] = f"{type(error).__name__}: {str(error)[:160]}"
+            torch.cuda.empty_cache()
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds + 1):
         for name, (play, calls, _) in turns.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -84,7 +95,21 @@ def time_competitors(
     modes = {name: mode for name, (_, _, mode) in turns.items()}
     turns.clear()  # with the graphs: what their launches held can be given out again
     counters.forget_captures()
-    return {name: Measured(Timing.of(seconds[name][1:]), modes[name]) for name in competitors}
+    return {name: Measured(Timing.of(seconds[name][1:]), modes[name]) for name in seconds}
+
+
+def raise_if_lost(what: str) -> None:
+    """After an error: say whose it was if the CUDA context went with it, since then nothing after it can run.
+
+    Raises:
+        RuntimeError: the context is lost.
+    """
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise RuntimeError(f"the CUDA context was lost by {what}: {str(error).splitlines()[0]}") from error
 
 
 def _host(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Measured:
@@ -122,6 +147,7 @@ def _turn(
             eager()
     except Exception:
         torch.cuda.synchronize()
+        del graph  # and with it the pool that allocations of the capture came from
         return eager, calls, "eager"
     graph.replay()
     torch.cuda.synchronize()

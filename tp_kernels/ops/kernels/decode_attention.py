@@ -33,7 +33,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tp_kernels.ops._gpu import H100, gpu_of
 from tp_kernels.ops.kernels.counters import take_counters
-from tp_kernels.ops.kernels.decode_config import Config, capacity_of, default_config, power_of_two, splits_for
+from tp_kernels.ops.kernels.decode_config import (
+    Config,
+    capacity_of,
+    default_config,
+    power_of_two,
+    shared_bytes,
+    splits_for,
+)
 from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
 
 __all__ = ["aot_cases", "decode_attention"]
@@ -337,7 +344,8 @@ def decode_attention(
     if page_table is not None:
         page_bits = max_len.bit_length() - 1
         max_len *= page_table.shape[1]
-    if config is None:
+    # A table's configuration may be that of heads half as wide, or of half as many rows.
+    if config is None or shared_bytes(config, info, rows, dim, k_cache.element_size()) > info.max_shared:
         config = default_config(info, k_cache.dtype, rows, dim)
     if splits is None:
         splits = splits_for(config, info, groups, capacity_of(max_len, tokens, sliding_window))

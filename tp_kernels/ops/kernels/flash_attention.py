@@ -388,7 +388,9 @@ def flash_forward(
     batch = cu_q.shape[0] - 1 if varlen else q.shape[0]
     heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     info = gpu_of(q)
-    config = config or default_config(info, q.dtype, head_dim, max_q, max_k, causal)
+    # A table's configuration may be that of heads half as wide.
+    if config is None or _shared(info, config, head_dim) > info.max_shared:
+        config = default_config(info, q.dtype, head_dim, max_q, max_k, causal)
     windowed = window is not None and window < max_k
     tma = config.tma and info.has_tma and not varlen and tma_takes(q, k, v)
     depth = block_d(head_dim)

@@ -144,7 +144,9 @@ def flash_backward(
     heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     group = heads // kv_heads
     info = gpu_of(q)
-    config = config or default_config(info, q.dtype, head_dim, max_q, max_k, causal)
+    # A table's configuration may be that of heads half as wide.
+    if config is None or _shared(info, config, head_dim) > info.max_shared:
+        config = default_config(info, q.dtype, head_dim, max_q, max_k, causal)
     windowed = window is not None and window < max_k
     depth = block_d(head_dim)
     tma = config.tma and info.has_tma and not varlen and tma_takes(q, k, v, grad_out)
@@ -182,7 +184,9 @@ def flash_backward(
     split = batch * kv_heads * blocks < info.num_sms if config.split is None else config.split
     split = split and group > 1
     if split:
-        shares = torch.empty(2, *k.shape[:1], heads, *k.shape[2:], dtype=torch.float32, device=k.device)
+        # Rows behind the last packed sequence are nobody's to write, and their gradients are 0.
+        allocate = torch.zeros if varlen else torch.empty
+        shares = allocate(2, *k.shape[:1], heads, *k.shape[2:], dtype=torch.float32, device=k.device)
         dk_out, dv_out = shares[0], shares[1]
     else:
         dk_out, dv_out = dk, dv

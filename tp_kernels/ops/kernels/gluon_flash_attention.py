@@ -235,7 +235,9 @@ def flash_forward(
         if lse is not None:
             lse.fill_(-math.inf)
         return
-    config = config or default_config(info, q.dtype, head_dim, max_q, max_k, causal)
+    # A table's configuration may be that of heads half as wide.
+    if config is None or _shared(config, head_dim, False) > info.max_shared:
+        config = default_config(info, q.dtype, head_dim, max_q, max_k, causal)
     width = padded_width(head_dim)
     tiles = triton.cdiv(max_q, TILE_ROWS.value)
     section = heads_side_by_side(batch * kv_heads, 4 * max_k * head_dim, config.kv_heads) * (heads // kv_heads)

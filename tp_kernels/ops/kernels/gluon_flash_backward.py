@@ -149,7 +149,9 @@ def flash_backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    config = config or default_config(info, q.dtype, head_dim, max_q, max_k, causal)
+    # A table's configuration may be that of heads half as wide.
+    if config is None or _shared(config, head_dim) > info.max_shared:
+        config = default_config(info, q.dtype, head_dim, max_q, max_k, causal)
     batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
     group, width = heads // kv_heads, padded_width(head_dim)
     windowed = window is not None and window < max_k

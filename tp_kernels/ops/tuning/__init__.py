@@ -31,6 +31,7 @@ __all__ = [
     "Choice",
     "Entry",
     "cached_decision",
+    "configuration",
     "dtype_class",
     "fingerprint",
     "forget_tables",
@@ -91,7 +92,7 @@ def read_table(path: Path) -> dict[tuple[str, str], list[Entry]]:
         ValueError: the file is not a tuning table.
     """
     try:
-        text = path.read_text()
+        text = path.read_bytes()
     except OSError:
         return {}
     try:
@@ -110,6 +111,20 @@ def read_table(path: Path) -> dict[tuple[str, str], list[Entry]]:
 @lru_cache(maxsize=16)
 def _tables(slug: str) -> tuple[dict[tuple[str, str], list[Entry]], ...]:
     return read_table(user_table(slug)), read_table(shipped_table(slug))
+
+
+def configuration(entry: Entry | Choice | None, kind: Callable[..., Any]) -> Any:
+    """The entry's configuration as the kernel's ``Config``; None, for the default, where there is none to be had.
+
+    A table outlives the version that measured it: a configuration that this version's kernel does not know is no reason
+    to fail.
+    """
+    if entry is None or not entry.config:
+        return None
+    try:
+        return kind(**entry.config)
+    except TypeError:
+        return None
 
 
 _decisions: list[Any] = []

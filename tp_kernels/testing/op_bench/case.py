@@ -113,6 +113,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*inputs: Any) -> Any:
         if not made:
             torch.compiler.reset()
+            # A backward that is timed runs many times from one graph, which donated buffers forbid.
+            torch._functorch.config.donated_buffer = False
             made.append(torch.compile(function, dynamic=False))
         return made[0](*inputs)
 

@@ -176,8 +176,10 @@ def _own_paths(
     """Our paths by name; the Hopper kernel is asked with a tiny stand-in for the operands."""
     modules = {"triton": triton_module}
     info, dtype, dim = place[:3]
-    if gluon is not None and torch.cuda.is_available():
-        q, k = (torch.empty(1, 8, h, dim, dtype=dtype, device="cuda").transpose(1, 2) for h in (heads, kv))
+    if gluon is not None:
+        # On "meta" where candidates are compiled by processes that see no GPU.
+        device = "cuda" if torch.cuda.is_available() else "meta"
+        q, k = (torch.empty(1, 8, h, dim, dtype=dtype, device=device).transpose(1, 2) for h in (heads, kv))
         if gluon.unsupported_reason(info, dtype, dim, q, k, k, True, None, False) is None:
             modules["gluon"] = gluon
     return {name: Own(make(m), [c._asdict() for c in m.candidates(*place)]) for name, m in modules.items()}

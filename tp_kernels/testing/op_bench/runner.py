@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tp_kernels.testing import op_bench
-from tp_kernels.testing.gpu_timer import Measured, Roofs, input_sets, time_competitors
+from tp_kernels.testing.gpu_timer import Measured, Roofs, input_sets, raise_if_lost, time_competitors
 from tp_kernels.testing.op_bench.case import MODELS, Case
 
 __all__ = ["Selection", "Verdict", "bench_modules", "bench_names", "check_case", "run_case", "select_cases"]
@@ -127,6 +127,8 @@ def check_case(
         if only and name not in only:
             continue
         found = plain if name == "torch" else _error(function, inputs, exact)
+        if found.failure:
+            raise_if_lost(f"{name} of {case.op} {case.label} with {(configs or {}).get(name.removeprefix('own:'))}")
         # PyTorch's own error is the yardstick; it is only wrong when it is far off.
         limit = max(0.05, allowed) if name == "torch" else allowed
         verdicts[name] = Verdict(found.error, limit, found.failure)
@@ -186,7 +188,10 @@ def run_case(
         return result
     generator = torch.Generator(device=device).manual_seed(int(time.time()) & 0xFFFF)
     sets = input_sets(lambda: case.inputs(generator), case.input_bytes or case.bytes, device)
-    result.times = time_competitors(runnable, sets, rounds=rounds)
+    failures: dict[str, str] = {}
+    result.times = time_competitors(runnable, sets, rounds=rounds, failures=failures)
+    for name, words in failures.items():
+        result.verdicts[name] = Verdict(math.inf, result.verdicts[name].allowed, words)
     return result
 
 

@@ -8,13 +8,17 @@ compiled first, by processes that need no GPU, into Triton's cache.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as Late  # Python 3.10 has a class of its own
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,12 +26,14 @@ from typing import Any
 import torch
 
 from tp_kernels.ops._gpu import GpuInfo, pretend
+from tp_kernels.ops.kernels.launch import Launch, recording
 from tp_kernels.ops.tuning import dtype_class, forget_tables
-from tp_kernels.testing.gpu_timer import input_sets, time_competitors
+from tp_kernels.testing.aot import build_launcher, compile_only, specialization_key
+from tp_kernels.testing.gpu_timer import input_sets, raise_if_lost, time_competitors
 from tp_kernels.testing.op_bench.case import Case
 from tp_kernels.testing.op_bench.runner import Selection, check_case, select_cases
 
-__all__ = ["Table", "precompile", "tune_case"]
+__all__ = ["Table", "distinct_jobs", "pending", "precompile", "tune_case"]
 
 # An own path must be faster than PyTorch by this much to be chosen: within it, a difference is noise.
 MARGIN = 1.01
@@ -98,25 +104,55 @@ class _MetaGenerator(torch.Generator):
         return torch.device("meta")
 
 
-def _compile_candidates(job: tuple[dict[str, Any], dict[str, Any], int, list[tuple[str, dict[str, Any]]]]) -> int:
-    from tp_kernels.ops.kernels.launch import recording
-    from tp_kernels.testing.aot import compile_only
+# A kernel to compile: index of the case within the selection, path, configuration.
+_Job = tuple[int, str, dict[str, Any]]
 
-    selection, info, index, wanted = job
-    target = GpuInfo(**{**info, "capability": tuple(info["capability"])})
-    with pretend(target):
-        case = next(case for i, case in enumerate(select_cases(Selection(**selection))) if i == index)
+
+@lru_cache(maxsize=1)
+def _cases_in_worker(selection: Selection, info: GpuInfo) -> list[Case]:
+    with pretend(info):
+        return list(select_cases(selection))
+
+
+def _recorded(case: Case, path: str, config: dict[str, Any], info: GpuInfo) -> list[Launch]:
+    """What a path would launch, inputs of the benchmark included."""
+    with pretend(info), recording() as launches:
+        case.own[path].run(config, *case.inputs(_MetaGenerator()))
+    return launches
+
+
+def _compile_candidate(selection: Selection, info: GpuInfo, job: _Job) -> int:
+    index, path, config = job
     done = 0
-    for path, config in wanted:
-        try:
-            with pretend(target), recording() as launches:
-                case.own[path].run(config, *case.inputs(_MetaGenerator()))
-            for launch in launches:
-                compile_only(launch, target.capability[0] * 10 + target.capability[1])
-                done += 1
-        except Exception:  # it will be compiled, or fail with a message, when it is first run
-            continue
+    try:
+        for launch in _recorded(_cases_in_worker(selection, info)[index], path, config, info):
+            compiled = compile_only(launch, info.capability[0] * 10 + info.capability[1])
+            done += 1
+            with contextlib.suppress(Exception):  # no libcuda, say
+                build_launcher(compiled)
+    except Exception:  # it will be compiled, or fail with a message, when it is first run
+        pass
     return done
+
+
+def distinct_jobs(cases: Sequence[tuple[int, Case]], info: GpuInfo) -> list[_Job]:
+    """Those candidates of the cases that launch a kernel which none before them launches.
+
+    Sizes are arguments of most kernels, so that one compiled kernel serves many shapes.
+    """
+    seen: set[str] = set()
+    jobs: list[_Job] = []
+    for index, case in cases:
+        for path, own in case.own.items():
+            for config in own.configs:
+                try:
+                    keys = {specialization_key(launch) for launch in _recorded(case, path, dict(config), info)}
+                except Exception:  # the measurement will say
+                    continue
+                if not keys <= seen:
+                    jobs.append((index, path, dict(config)))
+                    seen |= keys
+    return jobs
 
 
 def precompile(
@@ -125,6 +161,7 @@ def precompile(
     info: GpuInfo,
     *,
     processes: int | None = None,
+    deadline: float = math.inf,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> int:
     """Compile every candidate of the cases into Triton's cache, in parallel and without the GPU.
@@ -134,25 +171,28 @@ def precompile(
         cases: (index within the selection, case).
         info: the GPU to compile for.
         processes: default is one a core.
-        progress: called with cases done and cases in all.
+        deadline: of ``time.monotonic``; what has not begun by then is left to be compiled when it is measured.
+        progress: called with kernels done and kernels in all.
 
     Returns:
         Number of kernels compiled or found in the cache.
     """
-    jobs = []
-    for index, case in cases:
-        wanted = [(path, dict(config)) for path, own in case.own.items() for config in own.configs]
-        if wanted:
-            jobs.append((asdict(selection), asdict(info), index, wanted))
+    jobs = distinct_jobs(cases, info)
+    count = max(1, min(processes or os.cpu_count() or 1, len(jobs)))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read by the processes, which are started as jobs come in
     compiled = 0
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
     try:
-        with ProcessPoolExecutor(processes or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
-            for done, count in enumerate(pool.map(_compile_candidates, jobs), 1):
-                compiled += count
-                progress(done, len(jobs))
+        waiting = [pool.submit(_compile_candidate, selection, info, job) for job in jobs]
+        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        for done, future in enumerate(as_completed(waiting, timeout=left), 1):
+            compiled += future.result()
+            progress(done, len(jobs))
+    except (Late, BrokenProcessPool):
+        pass
     finally:
+        pool.shutdown(wait=True, cancel_futures=True)
         if hidden is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         else:
@@ -176,7 +216,8 @@ def tune_case(case: Case, device: str, deadline: float) -> tuple[str, dict[str, 
         for config in own.configs:
             if time.monotonic() > deadline:
                 return None
-            seconds = _quick(lambda *inputs, own=own, config=config: own.run(config, *inputs), sets)
+            what = f"{case.op} {case.label} {path} {config}"
+            seconds = _quick(lambda *inputs, own=own, config=config: own.run(config, *inputs), sets, what)
             if seconds is not None:
                 scores.append((seconds, dict(config)))
         scores.sort(key=lambda item: item[0])
@@ -199,10 +240,12 @@ def tune_case(case: Case, device: str, deadline: float) -> tuple[str, dict[str, 
     return path, config, us
 
 
-def _quick(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> float | None:
+def _quick(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], what: str) -> float | None:
+    """Median seconds; None if it does not run here. ``what`` is named if it takes the CUDA context with it."""
     try:
         return time_competitors({"one": function}, sets, rounds=5, turn_ms=0.7)["one"].timing.median
     except Exception:  # a configuration that does not fit this GPU
+        raise_if_lost(what)
         return None
 
 

@@ -1,0 +1,142 @@
+"""``make gpu``: its parts are complete, in order, short enough, and made of commands that exist. Tier: no device."""
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tp_kernels.cli import build_parser
+from tp_kernels.testing.op_bench.runner import Selection, bench_names, select_cases
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run_gpu():
+    spec = importlib.util.spec_from_file_location("run_gpu", ROOT / "benchmarks" / "run_gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_gpu"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["run_gpu"]
+
+
+@pytest.fixture(scope="module")
+def parts(run_gpu):
+    return run_gpu.parts(Path("/results"))
+
+
+def commands(parts, start):
+    found = [c for name, part in parts.items() if name.startswith(start) for c in part.commands.values()]
+    assert found
+    return found
+
+
+def parsed(command):
+    """What the command line makes of a ``python -m tp_kernels`` command."""
+    assert command[1:3] == ["-m", "tp_kernels"]
+    return build_parser().parse_args(command[3:])
+
+
+def test_every_op_is_tuned_once_and_measured_once(parts):
+    for kind in ("tune-", "bench-"):
+        ours = [c for c in commands(parts, kind) if c[1:3] == ["-m", "tp_kernels"]]
+        assert sorted(op for command in ours for op in parsed(command).op) == bench_names()
+
+
+def test_selections_are_not_empty_and_have_no_head_for_more_rows_than_fit(parts):
+    for kind in ("tune-", "bench-"):
+        for command in (c for c in commands(parts, kind) if c[1:3] == ["-m", "tp_kernels"]):
+            args = parsed(command)
+            cases = list(select_cases(Selection(tuple(args.op), tuple(args.model), tuple(args.tp), rows=args.rows)))
+            assert {case.op for case in cases} >= {op for op in args.op if op != "swiglu_mlp"}
+            assert not any("lm_head" in case.label and case.sizes["m"] > 1024 for case in cases)
+
+
+def test_minutes(run_gpu, parts):
+    assert all(0 < part.minutes <= run_gpu.LIMIT_MINUTES for part in parts.values())
+    for kind in ("tune-", "bench-"):
+        for name, part in parts.items():
+            for command in part.commands.values():
+                if name.startswith(kind) and command[1:3] == ["-m", "tp_kernels"]:
+                    assert parsed(command).minutes == pytest.approx(part.minutes - run_gpu.MARGIN_MINUTES)
+    names = list(parts)
+    last = names.index("bench-swiglu-backward")
+    # Limits; a build takes a third of its own, and what is measured fills its own.
+    assert sum(parts[name].minutes for name in names[: last + 1] if name != "gpu-ranks") <= 29
+
+
+def test_order(parts):
+    names = list(parts)
+    assert names[:5] == ["build", "doctor", "tests", "sanitizer", "gpu-ranks"]
+    for name in names:
+        if name.startswith("tune-"):
+            assert names[names.index(name) + 1] == name.replace("tune-", "bench-")
+    assert next(iter(parts["gpu-ranks"].commands)) == "gpu-ranks-smoke" and parts["gpu-ranks"].at_once == 1
+
+
+def test_every_file_of_tests_is_run_once_and_whole(parts):
+    kernels = {f"tests/kernels/{p.name}" for p in (ROOT / "tests/kernels").glob("test_*.py")}
+    found = [c[-1] for c in commands(parts, "sanitizer") if "memcheck" in c]
+    assert sorted(found) == sorted(kernels - {"tests/kernels/test_aot.py"})
+    shards = {}
+    for command in commands(parts, "tests"):
+        index, count = command[command.index("--shard") + 1].split("/")
+        shards.setdefault((command[-1], int(count)), []).append(int(index))
+    assert {file for file, _ in shards} == {*found, "tests/testing/test_op_bench.py"} and len(shards) == len(found) + 1
+    for (_, count), indices in shards.items():
+        assert sorted(indices) == list(range(count))
+    ranks = [command[-1] for command in parts["gpu-ranks"].commands.values()]
+    assert sorted(ranks) == sorted(f"tests/gpu_ranks/{p.name}" for p in (ROOT / "tests/gpu_ranks").glob("test_*.py"))
+    names = [name for part in parts.values() for name in part.commands]
+    assert len(set(names)) == len(names), "logs would overwrite each other"
+
+
+def test_files_and_scripts_exist(parts):
+    for part in parts.values():
+        for command in part.commands.values():
+            for word in command[1:]:
+                if word.startswith(("tests/", "benchmarks/")):
+                    assert (ROOT / word).exists(), word
+
+
+def test_a_command_ends_at_its_deadline_with_all_it_started(run_gpu, tmp_path):
+    log = tmp_path / "log"
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    started = time.monotonic()
+    assert run_gpu.run([sys.executable, "-c", child], log, started + 1.0, {}) == 124
+    assert time.monotonic() - started < 20
+    assert run_gpu.run(["/nowhere/compute-sanitizer"], log, time.monotonic() + 5, {}) == 127
+    assert "No such file" in log.read_text()
+
+
+def test_what_ended_well_is_not_repeated(run_gpu, tmp_path, capsys):
+    script = "import os, sys; open(sys.argv[1], 'a').write('x'); sys.exit(int(sys.argv[2]))"
+    files = {name: tmp_path / name for name in ("good", "bad", "none")}
+    codes = {"good": "0", "bad": "1", "none": "5"}  # 5: pytest selected no test
+    made = {name: [sys.executable, "-c", script, str(file), codes[name]] for name, file in files.items()}
+    part = run_gpu.Part(made, 1.0, 2)
+    assert not run_gpu.run_part("some", part, tmp_path, False, 1.0)
+    assert not run_gpu.run_part("some", part, tmp_path, False, 1.0)
+    assert {name: file.read_text() for name, file in files.items()} == {"good": "x", "bad": "xx", "none": "x"}
+    assert "exit status 1" in capsys.readouterr().out
+
+
+def test_a_part_that_may_not_end_in_time_is_not_started(run_gpu, tmp_path, monkeypatch, capsys):
+    part = run_gpu.Part({"only": [sys.executable, "-c", "raise SystemExit(3)"]}, 2.0)
+    monkeypatch.setattr(run_gpu, "parts", lambda out: {"only": part})
+    monkeypatch.setattr(sys, "argv", ["run_gpu.py", "--out", str(tmp_path), "--minutes", "1.5"])
+    assert run_gpu.main() == 0
+    assert "call again to go on" in capsys.readouterr().out and not list(tmp_path.glob("*.log"))
+
+
+def test_the_first_failure_is_what_is_shown(run_gpu):
+    log = ["$ command", "....F.F", "E   RuntimeError: CUDA error: an illegal memory access was encountered"]
+    log += ["FAILED tests/kernels/test_norm.py::test_first - RuntimeError"]
+    log += [f"FAILED tests/kernels/test_norm.py::test_{i} - RuntimeError" for i in range(40)]
+    shown = run_gpu.why([*log, "41 failed, 3 passed"])
+    assert shown[0].startswith("E   RuntimeError") and "test_first" in shown[1]
+    assert shown[-1] == "41 failed, 3 passed" and len(shown) < 15
+    assert run_gpu.why(["only", "words"]) == ["only", "words"]

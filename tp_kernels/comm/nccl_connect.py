@@ -1,0 +1,82 @@
+"""How the ranks of an NCCL group find out whether they can be connected, and wait until they are.
+
+Whatever goes wrong on one rank is told to all, so that all of them fail alike and may agree on another transport.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from tp_kernels._native import native
+from tp_kernels.comm.errors import CommTimeoutError
+from tp_kernels.comm.nccl_library import wheel_hint
+from tp_kernels.comm.nccl_peers import Peers
+
+__all__ = ["NCCLUnavailable", "check_facts", "cta_overrides", "own_facts", "poll", "raise_failure_of"]
+
+
+class NCCLUnavailable(RuntimeError):
+    """The group cannot use NCCL; raised on all its ranks alike, ``reason`` says why."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def cta_overrides(max_ctas: int | None, environment: Mapping[str, str]) -> str | None:
+    """What to warn of when variables of NCCL's overrule ``max_ctas``, which they do for all communicators; or None."""
+    if max_ctas is None:
+        return None
+    names = ("NCCL_MAX_CTAS", "NCCL_MIN_CTAS", "NCCL_MAX_NCHANNELS", "NCCL_MIN_NCHANNELS")
+    found = [f"{name}={environment[name]}" for name in names if environment.get(name)]
+    return f"max_ctas={max_ctas} is overruled by {', '.join(found)} in the environment" if found else None
+
+
+def own_facts(rank: int) -> dict[str, Any]:
+    """Version of this rank's NCCL, and on rank 0 the id by which the ranks find each other; or why there is none."""
+    facts: dict[str, Any] = {"error": "", "version": 0, "id": ""}
+    try:
+        facts["version"] = native.nccl_load(wheel_hint())[0]
+        if rank == 0:
+            facts["id"] = native.nccl_unique_id(wheel_hint()).hex()
+    except RuntimeError as error:
+        facts["error"] = str(error)
+    return facts
+
+
+def check_facts(everyone: Sequence[Mapping[str, Any]]) -> None:
+    """NCCLUnavailable, on all ranks alike, if the ranks cannot be connected."""
+    errors = [f"rank {rank}: {facts['error']}" for rank, facts in enumerate(everyone) if facts["error"]]
+    if errors:
+        raise NCCLUnavailable("; ".join(errors))
+    versions = [native.nccl_version_text(facts["version"]) for facts in everyone]
+    if len({version.rpartition(".")[0] for version in versions}) > 1:
+        listing = ", ".join(f"rank {rank}: {version}" for rank, version in enumerate(versions))
+        raise NCCLUnavailable(f"the ranks have different versions of NCCL: {listing}")
+
+
+def poll(done: Callable[[], bool], peers: Peers | None, deadline: float, name: str) -> None:
+    """Wait until ``done()``; Ctrl-C, another rank's failure and the deadline (monotonic seconds) end the wait."""
+    pause, asked = 0.00002, time.monotonic()
+    while not done():
+        now = time.monotonic()
+        if peers is not None and now - asked > 0.1:
+            asked = now
+            failed = peers.reported("created")
+            if failed:
+                raise_failure_of(*failed, name)
+        if now > deadline:
+            raise CommTimeoutError(
+                f"group {name}: connecting through NCCL took too long", group=name, operation="create"
+            )
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.001)
+
+
+def raise_failure_of(rank: int, message: str, late: bool, name: str) -> NoReturn:
+    text = f"group {name}: NCCL failed on rank {rank}: {message}"
+    if late:
+        raise CommTimeoutError(text, group=name, operation="create", ranks=(rank,))
+    raise NCCLUnavailable(text)

@@ -1,0 +1,438 @@
+"""``SymmetricMemoryCommunicator``: collectives between GPUs that can map each other's memory, or ranks on one GPU.
+
+Memory comes from torch's SymmetricMemory (see ``symmetric_workspace``), all-reduce kernels are our own
+(csrc/kernels/peer_*). ``algorithm_for`` chooses among them by size alone:
+
+    lamport    every rank pushes its data to all others; the data is its own flag, so there is no barrier
+    one_shot   every rank reads all data of all ranks
+    two_shot   every rank reduces one slice and distributes it
+    multimem   two_shot, and multimem_one_shot, added by the NVLink switch; only on request: its sums have other bits
+
+Numerics: fp32 sums in rank order, rounded once; the same bits on all ranks and for the first three algorithms, so also
+for every size. Other dtypes and maxima are gathered and reduced by PyTorch in rank order.
+
+CUDA graphs: every call may be captured; nothing is allocated symmetrically and the host never waits, ``barrier`` apart.
+All ranks make the same calls, replays included, in the same order; calls of one communicator are ordered by one stream
+or by events.
+
+Failure: each wait inside a kernel has a deadline. A kernel that gives up says so in host memory, which the next call
+and ``check()`` read: ``CommTimeoutError`` then names the rank waited for. Until someone looks, the results are garbage.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tp_kernels import one_gpu
+from tp_kernels._native import native
+from tp_kernels.comm import rendezvous
+from tp_kernels.comm.communicator import (
+    DEFAULT_TIMEOUT,
+    Communicator,
+    Numerics,
+    check_reduce_op,
+    check_root,
+    resolve_sizes,
+)
+from tp_kernels.comm.symmetric_calls import KERNEL_DTYPES, KernelCalls, check_timeout
+from tp_kernels.comm.symmetric_sizes import (
+    ALGORITHMS,
+    LAMPORT_BYTES,
+    PACK_BYTES,
+    algorithm_for,
+    lamport_rows,
+    norm_algorithm_for,
+    rows_per_call,
+)
+from tp_kernels.comm.symmetric_workspace import SymmetricMemoryUnavailable, Workspace, unavailable_reason
+
+__all__ = ["MAX_BYTES", "SymmetricMemoryCommunicator", "SymmetricMemoryUnavailable"]
+
+# 64 MiB: 4096 tokens of 8192 16-bit elements.
+MAX_BYTES = 64 << 20
+
+
+class SymmetricMemoryCommunicator(Communicator):
+    """Collectives of 2 to 16 ranks over CUDA tensors; made by ``create``. See the module's documentation.
+
+    All-reduce by our kernels for float32, bfloat16 and float16; everything else takes every dtype. Tensors need not be
+    contiguous. ``close()`` is not a collective.
+
+    Attributes:
+        counters: path -> calls, as made by the host (a captured call counts once).
+        fused_norm: offers ``all_reduce_add_rms_norm``.
+        max_blocks: the largest grid, agreed by all ranks.
+        has_multicast: whether "multimem" can be asked for.
+    """
+
+    backend = "symm"
+    numerics = Numerics("float32", "rank", same_bits_on_all_ranks=True, size_dependent=False)
+    fused_norm = True
+
+    def __init__(self, workspace: Workspace, rank: int, world_size: int, name: str, timeout: float, max_blocks: int):
+        self.rank, self.world_size, self.name, self.timeout = rank, world_size, name, timeout
+        self.max_blocks = max_blocks
+        self.has_multicast = workspace.multicast != 0
+        self.counters: Counter[str] = Counter()
+        self._layout = workspace.layout
+        self._calls = KernelCalls(workspace, rank, world_size, name, timeout, max_blocks)
+
+    @classmethod
+    def create(
+        cls,
+        rank: int,
+        world_size: int,
+        name: str,
+        store: Any,
+        process_group: Any,
+        device: torch.device,
+        *,
+        max_bytes: int = MAX_BYTES,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_blocks: int | None = None,
+    ) -> SymmetricMemoryCommunicator:
+        """Make the group's memory together with its other ranks.
+
+        Args:
+            rank, world_size: of this process in the group.
+            name: for messages.
+            store: a torch Store with a prefix of this communicator's own; used during creation only.
+            process_group: torch's group of the same ranks, of any backend; SymmetricMemory exchanges handles over it.
+            device: of the group's tensors. Ranks may share one; see ``launch --one-gpu``.
+            max_bytes: longest message that is not divided; this rank's memory is a little over four times that.
+            timeout: seconds to wait for the other ranks, here and by default in every wait of a kernel.
+            max_blocks: largest grid; None takes this rank's multiprocessors. The smallest of all ranks counts.
+        Raises:
+            SymmetricMemoryUnavailable: on all ranks alike, if any rank could not (no peer access, out of memory).
+            CommTimeoutError: a rank did not come; ValueError: for bad arguments.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"expected 0 <= rank < world_size, got rank {rank} of {world_size}")
+        check_timeout(timeout)
+        device = torch.device(device)
+        reason = unavailable_reason(device)
+        if not reason:
+            if device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+            if max_blocks is None:
+                shared = one_gpu.ranks_on_this_gpu()
+                sms = one_gpu.sm_share(device)
+                max_blocks = one_gpu.max_blocks(sms, max(1, shared), one_gpu.has_mps(), shared > 1)
+        mine = {"error": reason, "max_blocks": max_blocks or 0, "max_bytes": max_bytes}
+        everyone = rendezvous.exchange(
+            store, rank, world_size, mine, timeout, group=name, what="symmetric memory: facts"
+        )
+        for other, facts in enumerate(everyone):
+            if facts["error"]:
+                raise SymmetricMemoryUnavailable(f"rank {other}: {facts['error']}")
+        if len({facts["max_bytes"] for facts in everyone}) > 1:
+            raise ValueError(
+                f"all ranks must pass the same max_bytes, got {[facts['max_bytes'] for facts in everyone]}"
+            )
+        max_blocks = min(facts["max_blocks"] for facts in everyone)
+        if max_blocks < 1:
+            raise ValueError(f"max_blocks must be positive, got {[facts['max_blocks'] for facts in everyone]}")
+        with torch.cuda.device(device):
+            workspace = Workspace.create(rank, world_size, name, store, process_group, device, max_bytes, timeout)
+            return cls(workspace, rank, world_size, name, timeout, max_blocks)
+
+    @property
+    def sequence(self) -> int:
+        """Collectives begun so far."""
+        return self._calls.sequence
+
+    # Buffers ---------------------------------------------------------------------------------------------------------
+
+    def get_buffer(self, shape: Sequence[int], dtype: torch.dtype, use: str = "input") -> torch.Tensor | None:
+        """Memory that all ranks can reach, so that a collective needs no copy in or out.
+
+        There is one such buffer for each use, and every call returns its beginning: it is yours until the next
+        ``get_buffer`` of the same use, which gives it to somebody else; collectives themselves never touch it unless it
+        is their operand. Work on one stream is enough to keep owners apart: a collective ends only when no rank reads
+        its operand any more, and writes results to peers only when they have come to the same call.
+
+        Args:
+            shape, dtype: the same on all ranks for the operand of one collective.
+            use: "input" for operands, "output" for results.
+        Returns:
+            An uninitialised tensor, or None if it would not fit (``max_bytes``).
+        """
+        if use not in ("input", "output"):
+            raise ValueError(f"get_buffer: use must be 'input' or 'output', got {use!r}")
+        count = dtype.itemsize
+        for extent in shape:
+            count *= extent
+        if count > self._layout.half_bytes:
+            return None
+        offset = self._layout.inputs if use == "input" else self._layout.outputs
+        return self._calls.open().tensor(offset, tuple(shape), dtype)
+
+    # All-reduce ------------------------------------------------------------------------------------------------------
+
+    def all_reduce(self, x, op="sum", *, out=None, timeout=None, algorithm=None):
+        """As ``Communicator.all_reduce``.
+
+        Args:
+            algorithm: one of ``symmetric_sizes.ALGORITHMS``; None takes ``algorithm_for``. The multimem ones need
+                ``has_multicast``.
+        """
+        self._calls.begin("all_reduce", x)
+        check_reduce_op(op)
+        if out is None:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        elif out is not x and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
+            raise ValueError(
+                f"all_reduce: out must be {tuple(x.shape)} {x.dtype} on {x.device}, got {tuple(out.shape)} "
+                f"{out.dtype} on {out.device}"
+            )
+        if op != "sum" or x.dtype not in KERNEL_DTYPES:
+            out.detach().copy_(self._gathered_reduction(x, op, timeout))
+            return out
+        source = x.contiguous()
+        if out is x:
+            target = source
+        else:
+            target = out if out.is_contiguous() else torch.empty_like(source)
+        self._sum(source, target, algorithm, timeout)
+        if target is not out:
+            out.detach().copy_(target)
+        return out
+
+    def _sum(self, source: torch.Tensor, target: torch.Tensor, algorithm: str | None, timeout: float | None) -> None:
+        count, size = source.numel(), source.element_size()
+        if algorithm is None:
+            algorithm = algorithm_for(count * size, self.world_size)
+        elif algorithm not in ALGORITHMS:
+            raise ValueError(f"all_reduce: algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+        self.counters[algorithm] += 1
+        step = (LAMPORT_BYTES if algorithm == "lamport" else self._layout.half_bytes) // size
+        at, to = source.data_ptr(), target.data_ptr()
+        for start in range(0, count, step):
+            done, piece = start * size, min(step, count - start)
+            self._calls.all_reduce(algorithm, at + done, to + done, piece, source.dtype, timeout)
+
+    # All-reduce + norm -----------------------------------------------------------------------------------------------
+
+    def fuses_norm(self, width: int, dtype: torch.dtype) -> bool:
+        """Whether ``all_reduce_add_rms_norm`` takes rows of ``width`` elements of ``dtype``, however many."""
+        return dtype in KERNEL_DTYPES and rows_per_call(width, dtype.itemsize, self._layout.half_bytes) > 0
+
+    def all_reduce_add_rms_norm(
+        self,
+        partial: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        bias: torch.Tensor | None = None,
+        round_before_norm: bool = True,
+        gather_sum: bool = True,
+        out: torch.Tensor | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``s = all_reduce(partial) + bias + residual``; returns ``(rms_norm(s) * weight, s)`` from one kernel.
+
+        Args:
+            partial, residual: [..., H], contiguous, of one dtype; ``partial`` may be one of ``get_buffer``.
+            weight, bias: [H] in that dtype, contiguous.
+            eps: added to the mean square.
+            round_before_norm: round where separate ops would; False keeps fp32 from the sum to each result.
+            gather_sum: False leaves the sum valid only in the rows that this rank reduces, which is all that the next
+                call of the same shape and algorithm reads of its residual. Two-shot then moves less.
+            out: for the normed rows: a tensor of ``get_buffer(..., use="output")`` saves a copy; None allocates.
+            algorithm: "lamport", "one_shot" or "two_shot"; None takes ``norm_algorithm_for``.
+            timeout: deadline of a wait in seconds.
+        Raises:
+            ValueError: operands that do not fit together; see ``fuses_norm``.
+        """
+        self._calls.begin("all_reduce_add_rms_norm", partial)
+        width, dtype, size = partial.shape[-1], partial.dtype, partial.element_size()
+        if not self.fuses_norm(width, dtype):
+            raise ValueError(f"all_reduce_add_rms_norm: no kernel for rows of {width} elements of {dtype}")
+        _check_norm_operands(partial, residual, weight, bias, out)
+        rows = partial.numel() // width
+        normed = torch.empty_like(partial) if out is None else out
+        summed = torch.empty_like(partial)
+        if algorithm is None:
+            algorithm = norm_algorithm_for(rows, width, size, self.world_size)
+        elif algorithm not in ("lamport", "one_shot", "two_shot"):
+            raise ValueError(f"all_reduce_add_rms_norm: unknown algorithm {algorithm!r}")
+        step = rows_per_call(width, size, self._layout.half_bytes)
+        if algorithm == "lamport":
+            step = max(1, min(step, lamport_rows(width, size)))
+        self.counters[f"norm_{algorithm}"] += 1
+        x_at, residual_at, weight_at = partial.data_ptr(), residual.data_ptr(), weight.data_ptr()
+        normed_at, summed_at = normed.data_ptr(), summed.data_ptr()
+        bias_at = 0 if bias is None else bias.data_ptr()
+        for start in range(0, rows, step):
+            done = start * width * size
+            tensors = (x_at + done, bias_at, residual_at + done, weight_at, normed_at + done, summed_at + done)
+            self._calls.all_reduce_norm(
+                algorithm,
+                tensors,
+                eps,
+                min(step, rows - start),
+                width,
+                dtype,
+                round_before_norm,
+                gather_sum,
+                timeout,
+            )
+        return normed, summed
+
+    # Other collectives -----------------------------------------------------------------------------------------------
+
+    def reduce_scatter(self, x, op="sum", *, dim=0, sizes=None, timeout=None):
+        workspace = self._calls.begin("reduce_scatter", x)
+        check_reduce_op(op)
+        dim = _check_dim(x, dim, "reduce_scatter")
+        sizes = resolve_sizes(x.shape[dim], sizes, self.world_size, "reduce_scatter")
+        if op != "sum" or x.dtype not in KERNEL_DTYPES:
+            return self._gathered_reduction(x, op, timeout).split(sizes, dim)[self.rank].contiguous()
+        self.counters["reduce_scatter"] += 1
+        parts = [part.reshape(-1) for part in x.detach().split(sizes, dim)]
+        out = x.new_empty((*x.shape[:dim], sizes[self.rank], *x.shape[dim + 1 :]))
+        # The mailbox holds one slot for each receiver; long slices come in pieces of a slot.
+        slot = self._layout.mailbox_bytes // self.world_size // PACK_BYTES * PACK_BYTES
+        size, mailbox = x.element_size(), workspace.mailboxes[self.rank]
+        step = slot // size
+        own = self._layout.mailbox + self.rank * slot
+        for start in range(0, max(part.numel() for part in parts), step):
+            for receiver, part in enumerate(parts):
+                _copy(mailbox[receiver * slot :], _bytes(part)[start * size : (start + step) * size])
+            self._calls.meet(timeout)
+            count = min(step, out.numel() - start)
+            if count > 0:
+                sources = [data + own for data in workspace.data]
+                to = out.data_ptr() + start * size
+                self._calls.launch(native.cuda_reduce_buffers, sources, to, count, KERNEL_DTYPES[x.dtype])
+            self._calls.meet(timeout)
+        return out
+
+    def all_gather(self, x, *, dim=0, sizes=None, timeout=None):
+        self._calls.begin("all_gather", x)
+        dim = _check_dim(x, dim, "all_gather")
+        if sizes is None:
+            sizes = [x.shape[dim]] * self.world_size
+        elif len(sizes) != self.world_size or min(sizes) < 0 or sizes[self.rank] != x.shape[dim]:
+            raise ValueError(
+                f"all_gather: sizes must be {self.world_size} extents with {x.shape[dim]} at rank {self.rank}, "
+                f"got {list(sizes)}"
+            )
+        self.counters["all_gather"] += 1
+        shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
+        return torch.cat(self._gather(x, shapes, timeout), dim)
+
+    def broadcast(self, x, src=0, *, timeout=None):
+        workspace = self._calls.begin("broadcast", x)
+        check_root(src, self.world_size)
+        self.counters["broadcast"] += 1
+        target = x.detach().contiguous()
+        flat, mailbox = _bytes(target.view(-1)), workspace.mailboxes[src]
+        for start in range(0, flat.numel(), mailbox.numel()):
+            piece = flat[start : start + mailbox.numel()]
+            if self.rank == src:
+                _copy(mailbox, piece)
+            self._calls.meet(timeout)
+            if self.rank != src:
+                piece.copy_(mailbox[: piece.numel()])
+            self._calls.meet(timeout)
+        if not x.is_contiguous():
+            x.detach().copy_(target)
+        return x
+
+    def barrier(self, *, timeout=None):
+        """As ``Communicator.barrier``: the host waits, unless the stream is being captured."""
+        self._calls.begin("barrier")
+        self.counters["barrier"] += 1
+        self._calls.meet(timeout)
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(self._calls.device).synchronize()
+            self.check()
+
+    def _gather(self, x: torch.Tensor, shapes: Sequence[tuple[int, ...]], timeout: float | None) -> list[torch.Tensor]:
+        """Every rank's tensor, of the given shapes, through the mailboxes."""
+        mailboxes, step = self._calls.open().mailboxes, self._layout.mailbox_bytes
+        parts = [x.new_empty(shape) for shape in shapes]
+        parts[self.rank] = x.detach().contiguous()
+        flat = [_bytes(part.view(-1)) for part in parts]
+        for start in range(0, max(part.numel() for part in flat), step):
+            _copy(mailboxes[self.rank], flat[self.rank][start : start + step])
+            self._calls.meet(timeout)
+            for turn in range(1, self.world_size):
+                rank = (self.rank + turn) % self.world_size
+                piece = flat[rank][start : start + step]
+                if piece.numel():
+                    piece.copy_(mailboxes[rank][: piece.numel()])
+            self._calls.meet(timeout)
+        return parts
+
+    def _gathered_reduction(self, x: torch.Tensor, op: str, timeout: float | None) -> torch.Tensor:
+        """What the kernels do not offer: all data to all ranks, reduced by PyTorch in rank order."""
+        self.counters["gathered_reduction"] += 1
+        parts = self._gather(x, [tuple(x.shape)] * self.world_size, timeout)
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total = torch.maximum(total, part) if op == "max" else total + part
+        return total
+
+    # Errors ----------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise if a kernel has given up since the last look. Kernels still running may do so later.
+
+        Raises:
+            CommTimeoutError: names the rank waited for; the communicator is unusable from then on.
+        """
+        self._calls.check()
+
+    def close(self) -> None:
+        """Give the memory back. Kernels of this rank that still wait for others are ended after a few seconds.
+
+        CUDA graphs that hold calls of this communicator, and tensors of ``get_buffer``, must not be used afterwards.
+        """
+        self._calls.close()
+
+    def __repr__(self) -> str:
+        return f"SymmetricMemoryCommunicator(name={self.name!r}, rank={self.rank}, world_size={self.world_size})"
+
+
+def _bytes(flat: torch.Tensor) -> torch.Tensor:
+    return flat.view(torch.uint8)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``source`` into the beginning of ``target``; both flat."""
+    if source.numel():
+        target[: source.numel()].copy_(source)
+
+
+def _check_dim(x: torch.Tensor, dim: int, operation: str) -> int:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{operation}: dim {dim} is out of range for a tensor of {x.dim()} dimensions")
+    return dim % x.dim()
+
+
+def _check_norm_operands(partial, residual, weight, bias, out) -> None:
+    width = partial.shape[-1]
+    for name, tensor, shape in (
+        ("partial", partial, partial.shape),
+        ("residual", residual, partial.shape),
+        ("out", out, partial.shape),
+        ("weight", weight, (width,)),
+        ("bias", bias, (width,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != partial.dtype or tensor.device != partial.device:
+            raise ValueError(
+                f"all_reduce_add_rms_norm: expected {name} {list(shape)} {partial.dtype} on {partial.device}, got "
+                f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"all_reduce_add_rms_norm: {name} must be contiguous")

@@ -1,0 +1,208 @@
+"""Launches of the peer-memory kernels for one communicator, and what becomes of those that gave up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tp_kernels._native import native
+from tp_kernels.comm.errors import CommAbortedError, CommTimeoutError
+from tp_kernels.comm.symmetric_sizes import ALGORITHMS
+from tp_kernels.comm.symmetric_workspace import ErrorRecord, Workspace
+
+__all__ = ["KERNEL_DTYPES", "KernelCalls", "check_timeout"]
+
+# Dtypes that the kernels add, with their codes of csrc/common/dtype.h.
+KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_LOGGED = 1024
+_CLOSE_PATIENCE = 5.0  # seconds
+
+
+class KernelCalls:
+    """The kernels on one workspace. Every collective of the communicator is ``begin``, then launches.
+
+    Attributes:
+        sequence: collectives begun so far.
+        workspace: addresses and layout; None once closed.
+    """
+
+    def __init__(self, workspace: Workspace, rank: int, world_size: int, name: str, timeout: float, max_blocks: int):
+        self.rank, self.world_size, self.name, self.timeout = rank, world_size, name, timeout
+        self.max_blocks = max_blocks
+        self.sequence = 0
+        self.workspace: Workspace | None = workspace
+        self.device = workspace.mailboxes[rank].device
+        self._record = workspace.record
+        self._operation = ""
+        self._broken = ""
+        # What the kernels' own counts mean. They count calls that use flags and Lamport calls apart, so for either
+        # kind: count -> (count, operation, sequence) of the last calls.
+        self._log: dict[bool, dict[int, tuple[int, str, int]]] = {False: {}, True: {}}
+        self._launched = {False: 0, True: 0}
+        self._captured = False
+        self._stream: Any = None  # of the last launch
+        self._ping, self._pong = torch.zeros(2, 4, dtype=torch.float32, device=self.device).unbind(0)
+
+    def begin(self, operation: str, x: torch.Tensor | None = None) -> Workspace:
+        """Start a collective: raises what earlier ones left, and checks the operand's device."""
+        workspace = self.open()
+        if self._record.magic:
+            raise self._failure()
+        if x is not None and x.device != self.device:
+            raise ValueError(f"{operation}: group {self.name} carries tensors on {self.device}, got one on {x.device}")
+        self.sequence += 1
+        self._operation = operation
+        return workspace
+
+    def open(self) -> Workspace:
+        """The workspace; CommAbortedError when it cannot be used any more."""
+        if self._broken:
+            raise CommAbortedError(
+                f"group {self.name}: rank {self.rank} cannot use this communicator any more: {self._broken}",
+                group=self.name,
+                sequence=self.sequence,
+            )
+        return self.workspace
+
+    def all_reduce(
+        self, algorithm: str, x: int, out: int, count: int, dtype: torch.dtype, timeout: float | None
+    ) -> None:
+        """out = sum over ranks of ``count`` elements; ``x`` and ``out`` are addresses."""
+        workspace = self.workspace
+        self._note(algorithm)
+        self.launch(
+            native.cuda_peer_all_reduce,
+            ALGORITHMS[algorithm],
+            workspace.data,
+            workspace.flags,
+            workspace.multicast,
+            self.rank,
+            self.world_size,
+            workspace.layout.half_bytes,
+            x,
+            out,
+            count,
+            KERNEL_DTYPES[dtype],
+            self.max_blocks,
+            self._nanoseconds(timeout),
+            workspace.record_address,
+        )
+
+    def all_reduce_norm(
+        self,
+        algorithm: str,
+        tensors: tuple[int, int, int, int, int, int],
+        eps: float,
+        rows: int,
+        width: int,
+        dtype: torch.dtype,
+        round_before_norm: bool,
+        gather_sum: bool,
+        timeout: float | None,
+    ) -> None:
+        """``tensors``: addresses of x, bias (or 0), residual, weight, normed and sum."""
+        workspace = self.workspace
+        x, bias, residual, weight, normed, summed = tensors
+        self._note(algorithm)
+        self.launch(
+            native.cuda_peer_all_reduce_norm,
+            ALGORITHMS[algorithm],
+            workspace.data,
+            workspace.flags,
+            self.rank,
+            self.world_size,
+            workspace.layout.half_bytes,
+            x,
+            bias,
+            residual,
+            weight,
+            eps,
+            normed,
+            summed,
+            rows,
+            width,
+            KERNEL_DTYPES[dtype],
+            round_before_norm,
+            gather_sum,
+            self.max_blocks,
+            self._nanoseconds(timeout),
+            workspace.record_address,
+        )
+
+    def meet(self, timeout: float | None) -> None:
+        """A barrier on the stream: what the ranks' streams did before it is seen by what they do after it."""
+        # One-shot, not Lamport: its flags are released and acquired, so they order all other memory too.
+        self.all_reduce("one_shot", self._ping.data_ptr(), self._pong.data_ptr(), 1, torch.float32, timeout)
+
+    def launch(self, function: Callable[..., None], *arguments: Any) -> None:
+        """``function(*arguments, stream)`` with the group's device as the current one."""
+        stream = self._stream = torch.cuda.current_stream(self.device)
+        if torch.cuda.current_device() == self.device.index:
+            function(*arguments, stream.cuda_stream)
+        else:
+            with torch.cuda.device(self.device):
+                function(*arguments, stream.cuda_stream)
+
+    def check(self) -> None:
+        """Raise CommTimeoutError if a kernel has given up since the last look."""
+        if self._record.magic and not self._broken:
+            raise self._failure()
+
+    def close(self) -> None:
+        """Wait for the kernels, for a few seconds, then make those that wait for other ranks give up; unmap."""
+        workspace, self.workspace = self.workspace, None
+        if workspace is None:
+            return
+        self._broken = self._broken or "it was closed"
+        events = []
+        for stream in (torch.cuda.current_stream(self.device), self._stream):
+            if stream is not None:
+                events.append(torch.cuda.Event())
+                events[-1].record(stream)
+        deadline = time.monotonic() + _CLOSE_PATIENCE
+        while not all(event.query() for event in events):
+            if time.monotonic() > deadline:
+                self._record.magic = ErrorRecord.STOP
+                break
+            time.sleep(0.001)
+        torch.cuda.synchronize(self.device)
+        workspace.close()
+
+    def _note(self, algorithm: str) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            self._captured = True  # replays count on the device only
+        lamport = algorithm == "lamport"
+        number = self._launched[lamport]
+        self._launched[lamport] = number + 1
+        self._log[lamport][number % _LOGGED] = (number, self._operation, self.sequence)
+
+    def _failure(self) -> CommTimeoutError:
+        record = self._record
+        operation = sequence = None
+        logged = self._log[record.kind == ErrorRecord.DATA].get(record.call % _LOGGED)
+        if not self._captured and logged is not None and logged[0] == record.call:
+            _, operation, sequence = logged
+        what = "a collective" if operation is None else f"{operation} (call {sequence})"
+        message = (
+            f"group {self.name}: rank {record.waiter} gave up waiting for rank {record.rank} in {what}: kernel call "
+            f"{record.call}, phase {record.phase}, block {record.block}, deadline {self.timeout:g} s unless the call "
+            "had its own; results since then are invalid"
+        )
+        self._broken = message
+        return CommTimeoutError(message, group=self.name, operation=operation, sequence=sequence, ranks=(record.rank,))
+
+    def _nanoseconds(self, timeout: float | None) -> int:
+        if timeout is None:
+            return int(self.timeout * 1e9)
+        check_timeout(timeout)
+        return max(1, int(timeout * 1e9))
+
+
+def check_timeout(timeout: float) -> None:
+    """ValueError unless ``timeout`` is seconds that a kernel can wait."""
+    if not 0 < timeout < 1e9:
+        raise ValueError(f"timeout must be positive seconds below 1e9, got {timeout!r}")

@@ -1,0 +1,126 @@
+"""Which peer-memory algorithm carries what, and how long messages are divided: pure functions of sizes.
+
+All ranks evaluate them on values that they share, so they choose alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "ALGORITHMS",
+    "Layout",
+    "algorithm_for",
+    "lamport_rows",
+    "layout_of",
+    "norm_algorithm_for",
+    "row_packs",
+    "rows_per_call",
+]
+
+# Twins of csrc/kernels/peer_layout.h.
+ALGORITHMS = {"one_shot": 0, "two_shot": 1, "multimem": 2, "lamport": 3, "multimem_one_shot": 4}
+ALIGNMENT = 1024
+PACK_BYTES = 16
+MAX_WORLD = 16
+FLAG_BYTES = 16 << 10
+LAMPORT_BYTES = 256 << 10
+LAMPORT_BUFFERS = 3
+ERROR_BYTES = 64
+MAX_ROW_PACKS = 2048
+MAX_LAMPORT_ROW_PACKS = 1024
+
+# Messages up to these sizes go by one step instead of two. A push costs the sender world_size - 1 times the message:
+# FlashInfer's MNNVL kernels push while all copies together are within 1 MiB, SGLang's on Hopper up to 384 KB at 4 ranks
+# and 128 KB at 8. One-shot reading: vLLM's limits on NVLink (512 KB to 4 ranks, 256 KB to 8); among ranks that share an
+# H100, torch's two-shot overtakes its one-shot at the same 512 KB.
+LAMPORT_TOTAL_BYTES = 1 << 20
+ONE_SHOT_BYTES = {4: 512 << 10, 8: 256 << 10, 16: 128 << 10}
+
+
+def algorithm_for(nbytes: int, world_size: int) -> str:
+    """Which ordered algorithm all-reduces ``nbytes`` among ``world_size`` ranks: "lamport", "one_shot", "two_shot"."""
+    if nbytes <= _lamport_limit(world_size):
+        return "lamport"
+    limit = next(limit for ranks, limit in ONE_SHOT_BYTES.items() if world_size <= ranks)
+    return "one_shot" if nbytes <= limit else "two_shot"
+
+
+def norm_algorithm_for(rows: int, width: int, itemsize: int, world_size: int) -> str:
+    """The same for all-reduce + norm of [rows, width].
+
+    The one-step forms repeat the norm on every rank, so above Lamport's limit only two-shot is left.
+    """
+    packs = row_packs(width, itemsize)
+    if rows * packs * PACK_BYTES > _lamport_limit(world_size):
+        return "two_shot"
+    return "lamport" if packs <= MAX_LAMPORT_ROW_PACKS else "one_shot"
+
+
+def rows_per_call(width: int, itemsize: int, half_bytes: int) -> int:
+    """How many rows one all-reduce + norm kernel takes; 0 when it does not take rows of ``width`` at all.
+
+    It depends neither on where the tensors are nor on what is gathered, so that consecutive calls of one shape divide
+    their rows alike.
+    """
+    packs = row_packs(width, itemsize)
+    if not 1 <= packs <= MAX_ROW_PACKS:
+        return 0
+    return half_bytes // (2 * packs * PACK_BYTES)  # normed rows and sums, if both are staged
+
+
+def lamport_rows(width: int, itemsize: int) -> int:
+    """The same for the Lamport kernel."""
+    return LAMPORT_BYTES // (row_packs(width, itemsize) * PACK_BYTES)
+
+
+def row_packs(width: int, itemsize: int) -> int:
+    """Packs of 16 bytes that a row takes where it is staged."""
+    return -(-width * itemsize // PACK_BYTES)
+
+
+def _lamport_limit(world_size: int) -> int:
+    return min(LAMPORT_BYTES, LAMPORT_TOTAL_BYTES // world_size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets and sizes of a workspace in bytes, equal on all ranks; see ``symmetric_workspace``.
+
+    Attributes:
+        half_bytes: of each staging half, and of ``inputs`` and ``outputs``.
+        inputs, outputs, mailbox: where these parts begin.
+        mailbox_bytes: size of the mailbox.
+        flags: where the kernels' own part begins.
+        total_bytes: of the whole.
+    """
+
+    half_bytes: int
+    inputs: int
+    outputs: int
+    mailbox: int
+    mailbox_bytes: int
+    flags: int
+    total_bytes: int
+
+
+def layout_of(world_size: int, max_bytes: int) -> Layout:
+    """The workspace of a rank for messages of up to ``max_bytes`` without dividing them.
+
+    Raises:
+        ValueError: a number of ranks or of bytes that the kernels do not take.
+    """
+    if not 2 <= world_size <= MAX_WORLD:
+        raise ValueError(f"symmetric memory: expected 2 to {MAX_WORLD} ranks, got {world_size}")
+    if not 1 <= max_bytes <= 1 << 34:
+        raise ValueError(f"symmetric memory: max_bytes must be between 1 and 2**34, got {max_bytes}")
+    half = _round_up(max_bytes)
+    mailbox_bytes = _round_up(max(half // 4, 64 << 10))
+    mailbox = 4 * half
+    flags = mailbox + mailbox_bytes
+    total = flags + FLAG_BYTES + LAMPORT_BUFFERS * world_size * LAMPORT_BYTES
+    return Layout(half, 2 * half, 3 * half, mailbox, mailbox_bytes, flags, total)
+
+
+def _round_up(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,397 @@
+"""All-reduce over GPU ranks: our peer-memory kernels, torch's, NCCL; the fused norm against all-reduce and norm.
+
+The engine behind ``tp-kernels bench all-reduce-gpu``. It starts its own ranks (sharing one GPU if there are not
+enough), or runs as the ranks of ``tp-kernels launch --nproc 4 --one-gpu --module tp_kernels.testing.<this module>``.
+Every competitor is a CUDA graph of back-to-back calls, checked first, replayed in turns. Times are medians over the
+rounds of the slowest rank, counted from where all ranks have met on the GPU.
+
+Sums:
+
+- ``lamport``, ``one_shot``, ``two_shot``: ours. As torch's, the latter two read their operand where all ranks can reach
+  it (``get_buffer``); ``lamport`` and ``two_shot_copy`` have operand and result in ordinary memory.
+- ``chosen``: what ``all_reduce`` does with ordinary memory when it is not told.
+- ``torch_one_shot``, ``torch_two_shot``: ``torch.ops.symm_mem``; ``nccl``: torch.distributed.
+
+Norms, of [tokens, hidden]: ``all_reduce`` alone (ours), ``all_reduce_norm`` (it, then ``ops.add_rms_norm``),
+``torch_all_reduce`` (one-shot up to 256 KB, else two-shot), ``torch_norm`` (that, then ``ops.add_rms_norm``), ``fused``
+as decoder layers call it (sums not gathered) and ``fused_gathered``.
+
+Ranks that share a GPU share its memory too: such figures compare two paths, and say nothing about linked GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tp_kernels import one_gpu
+from tp_kernels.testing.bench import Timing, format_bytes, parse_bytes, sizes_between, write_csv
+
+__all__ = ["Options", "add_arguments", "calls_for", "main", "measure", "norm_row", "run", "sum_rows"]
+
+TORCH_DTYPES = ("float32", "bfloat16")  # those that torch.ops.symm_mem adds
+_TORCH_ONE_SHOT = 256 << 10
+_LIMIT_S = 3600.0
+_PEERS = {"one_shot": "torch_one_shot", "two_shot": "torch_two_shot"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured; the arguments of the command line."""
+
+    sizes: Sequence[int] = tuple(sizes_between(2 << 10, 64 << 20, 2))
+    hidden: Sequence[int] = (4096, 8192)
+    tokens: Sequence[int] = (1, 4, 16, 64, 256, 1024, 4096)
+    what: Sequence[str] = ("sums", "norms")
+    dtype: str = "bfloat16"
+    rounds: int = 10
+    nccl: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options on ``parser``."""
+    default = Options()
+    several = {"type": int, "nargs": "+", "metavar": "N"}
+    parser.add_argument("--ranks", type=int, default=4, help="ranks to start, at least 2 (default %(default)s)")
+    parser.add_argument("--what", nargs="+", choices=default.what, default=default.what, help="default: both")
+    parser.add_argument("--min-bytes", type=_bytes, default="2K", metavar="SIZE", help="smallest message (default 2K)")
+    parser.add_argument("--max-bytes", type=_bytes, default="64M", metavar="SIZE", help="largest message (default 64M)")
+    parser.add_argument("--factor", type=int, default=2, help="ratio of successive sizes (default %(default)s)")
+    parser.add_argument("--hidden", default=default.hidden, help="widths of the norms (default 4096 8192)", **several)
+    parser.add_argument("--tokens", default=default.tokens, help="rows of the norms (default 1 to 4096)", **several)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=default.dtype)
+    parser.add_argument("--rounds", type=int, default=default.rounds, help="timed rounds (default %(default)s)")
+    parser.add_argument("--no-nccl", action="store_true", help="leave NCCL out")
+    parser.add_argument("--csv", metavar="FILE", help="write all figures, with machine, versions and date")
+
+
+def _options(args: argparse.Namespace) -> Options:
+    if not 2 <= args.ranks <= 16 or args.rounds < 1 or min(*args.hidden, *args.tokens) < 1:
+        raise ValueError("--ranks must be from 2 to 16, --rounds, --hidden and --tokens at least 1")
+    sizes = sizes_between(args.min_bytes, args.max_bytes, args.factor)
+    if sizes[0] < 16:
+        raise ValueError(f"--min-bytes must be at least 16, got {sizes[0]}")
+    return Options(sizes, args.hidden, args.tokens, args.what, args.dtype, args.rounds, not args.no_nccl)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark with parsed options; 0, or 1 if a result was wrong. ValueError for options that do not fit."""
+    options = _options(args)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from tp_kernels.comm import ProcessGroupManager
+
+        with ProcessGroupManager.initialize(backend="gloo", device="cuda") as manager:
+            rows = measure(manager.tp_group, options)
+            if manager.rank:
+                return 0
+    else:
+        rows = _start_ranks(args.ranks, options)
+    if args.csv:
+        write_csv(args.csv, rows)
+    return 1 if any(row["wrong"] for row in rows) else 0
+
+
+def _start_ranks(count: int, options: Options) -> list[dict[str, Any]]:
+    import torch
+
+    from tp_kernels.testing.one_gpu_ranks import OneGpuRanks
+    from tp_kernels.testing.rank_pool import RankPool
+
+    if not torch.cuda.is_available():
+        raise ValueError("there is no GPU here; `tp-kernels bench all-reduce` measures CPU ranks")
+    if torch.cuda.device_count() >= count:
+        own = lambda rank: {"LOCAL_RANK": str(rank)}  # noqa: E731
+        with RankPool(count, backend="gloo", device="cuda", environment=own) as pool:
+            return pool.run(measure, options, timeout=_LIMIT_S)[0]
+    with OneGpuRanks() as ranks:
+        pool = ranks(count, backend="gloo")
+        print(f"# {ranks.shared_gpu.describe(count)}", flush=True)
+        return pool.run(measure, options, timeout=_LIMIT_S)[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of ``benchmarks/bench_all_reduce_gpu.py``, and of the ranks that ``tp-kernels launch`` starts."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# On every rank -------------------------------------------------------------------------------------------------------
+
+
+def measure(group, options: Options) -> list[dict[str, Any]]:
+    """All figures, the same on all ranks; the first rank prints them as they come."""
+    import torch
+    import torch.distributed as dist
+
+    from tp_kernels.testing.symmetric_ranks import make_symmetric
+
+    largest = max(options.sizes)
+    symm = make_symmetric(group, "bench_all_reduce_gpu", max_bytes=max(largest, 64 << 20), timeout=60.0)
+    dtype = getattr(torch, options.dtype)
+    torch_memory = nccl = None
+    if options.dtype in TORCH_DTYPES:
+        import torch.distributed._symmetric_memory as symm_mem
+
+        needed = max([largest, *(t * h * dtype.itemsize for t in options.tokens for h in options.hidden)])
+        torch_memory = symm_mem.empty(needed // dtype.itemsize, dtype=dtype, device=one_gpu.local_device())
+        symm_mem.rendezvous(torch_memory, group.process_group.group_name)
+    if options.nccl:
+        nccl = dist.new_group(list(range(group.world_size)), backend="nccl")
+    rows: list[dict[str, Any]] = []
+    try:
+        bench = _Bench(group, symm, options, dtype, torch_memory, nccl)
+        if "sums" in options.what:
+            for size in options.sizes:
+                rows += bench.sums(size)
+        if "norms" in options.what:
+            for hidden in options.hidden:
+                for tokens in options.tokens:
+                    rows += bench.norms(tokens, hidden)
+        symm.check()
+    finally:
+        torch.cuda.synchronize()
+        symm.close()
+        if nccl is not None:
+            dist.destroy_process_group(nccl)
+    return rows
+
+
+class _Bench:
+    def __init__(self, group, symm, options: Options, dtype, torch_memory, nccl):
+        self.group, self.symm, self.options, self.dtype = group, symm, options, dtype
+        self.torch_memory, self.nccl = torch_memory, nccl
+        self._name = group.process_group.group_name
+
+    def sums(self, size: int) -> list[dict[str, Any]]:
+        """Every way to add ``size`` bytes."""
+        import torch
+        import torch.distributed as dist
+
+        from tp_kernels.comm.symmetric_sizes import LAMPORT_BYTES
+
+        symm, n = self.symm, size // self.dtype.itemsize
+        x = self._integers(n)
+        out = torch.empty_like(x)
+        shared = symm.get_buffer((n,), self.dtype)
+        ways: dict[str, tuple[Any, Callable[[], Any]]] = {
+            "one_shot": (shared, lambda: symm.all_reduce(shared, out=out, algorithm="one_shot")),
+            "two_shot": (shared, lambda: symm.all_reduce(shared, out=shared, algorithm="two_shot")),
+            "two_shot_copy": (x, lambda: symm.all_reduce(x, out=out, algorithm="two_shot")),
+            "chosen": (x, lambda: symm.all_reduce(x, out=out)),
+        }
+        if size <= LAMPORT_BYTES:
+            ways["lamport"] = (x, lambda: symm.all_reduce(x, out=out, algorithm="lamport"))
+        if self.torch_memory is not None:
+            theirs, name, torch_ops = self.torch_memory[:n], self._name, torch.ops.symm_mem
+            ways["torch_one_shot"] = (theirs, lambda: torch_ops.one_shot_all_reduce(theirs, "sum", name))
+            ways["torch_two_shot"] = (theirs, lambda: torch_ops.two_shot_all_reduce_(theirs, "sum", name))
+        if self.nccl is not None:
+            own = torch.empty_like(x)
+            ways["nccl"] = (own, lambda: dist.all_reduce(own, group=self.nccl) or own)
+        source, expected = x.clone(), self._total(n)
+        wrong = {}
+        for way, (operand, function) in ways.items():
+            operand.copy_(source)
+            wrong[way] = self._count(function() != expected)
+        timed = self._time({way: function for way, (_, function) in ways.items()}, calls_for(size))
+        rows = sum_rows(self._common("sum", size, 0, 0), timed, wrong)
+        self._print(rows)
+        return rows
+
+    def norms(self, tokens: int, hidden: int) -> list[dict[str, Any]]:
+        """Every way to add over the ranks, add a residual and normalise."""
+        import torch
+
+        from tp_kernels import ops
+        from tp_kernels.comm.symmetric_sizes import algorithm_for
+
+        symm, dtype, n = self.symm, self.dtype, tokens * hidden
+        source = self._integers(n).view(tokens, hidden)
+        residual, weight = torch.ones_like(source), torch.ones(hidden, dtype=dtype, device="cuda")
+        expected = ops.add_rms_norm_reference(self._total(n).view(tokens, hidden), residual, weight)
+        shared = symm.get_buffer((tokens, hidden), dtype)
+        into = symm.get_buffer((tokens, hidden), dtype, use="output")
+        x = source.clone() if shared is None else shared
+        eps = 1e-6
+
+        def then_norm(summed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return ops.add_rms_norm(summed, residual, weight, eps)
+
+        # Each algorithm where it needs no copy: the one-step ones cannot overwrite what peers still read.
+        in_place = algorithm_for(n * dtype.itemsize, symm.world_size) == "two_shot"
+        total = x if in_place else torch.empty_like(x)
+        ways = {
+            "all_reduce": (x, lambda: (None, symm.all_reduce(x, out=total))),
+            "all_reduce_norm": (x, lambda: then_norm(symm.all_reduce(x, out=total))),
+            "fused": (
+                x,
+                lambda: symm.all_reduce_add_rms_norm(x, residual, weight, eps, gather_sum=False, out=into),
+            ),
+            "fused_gathered": (x, lambda: symm.all_reduce_add_rms_norm(x, residual, weight, eps)),
+        }
+        if self.torch_memory is not None:
+            theirs, torch_ops = self.torch_memory[:n].view(tokens, hidden), torch.ops.symm_mem
+            one_shot = n * dtype.itemsize <= _TORCH_ONE_SHOT
+            reduce = torch_ops.one_shot_all_reduce if one_shot else torch_ops.two_shot_all_reduce_
+            ways["torch_all_reduce"] = (theirs, lambda: (None, reduce(theirs, "sum", self._name)))
+            ways["torch_norm"] = (theirs, lambda: then_norm(reduce(theirs, "sum", self._name)))
+        wrong = {}
+        for way, (operand, function) in ways.items():
+            operand.copy_(source)
+            normed, _ = function()
+            wrong[way] = 0
+            if normed is not None:
+                error = (normed.float() - expected[0].float()).abs()
+                wrong[way] = self._count(error > 2**-6 * (1 + expected[0].float().abs()))
+        timed = self._time({way: function for way, (_, function) in ways.items()}, calls_for(n * dtype.itemsize))
+        rows = [norm_row(self._common("norm", n * dtype.itemsize, tokens, hidden), way, timed, wrong) for way in timed]
+        self._print(rows)
+        return rows
+
+    def _integers(self, n: int):
+        from tp_kernels.testing.numeric import integers
+
+        return integers((n,), self.dtype, seed=self.group.rank).cuda()
+
+    def _total(self, n: int):
+        import torch
+
+        from tp_kernels.testing.numeric import integers
+
+        parts = (integers((n,), torch.float32, seed=rank).cuda() for rank in range(self.group.world_size))
+        return sum(parts).to(self.dtype)
+
+    def _count(self, wrong) -> int:
+        """Over all ranks."""
+        count = wrong.sum().cpu()
+        return int(self.group.all_reduce(count))
+
+    def _time(self, ways: Mapping[str, Callable[[], Any]], calls: int) -> dict[str, Timing]:
+        import torch
+
+        graphs = {name: _captured(function, calls) for name, function in ways.items()}
+        ping = torch.zeros(4, device="cuda")
+        seconds: list[list[float]] = []
+        for _ in range(self.options.rounds + 2):
+            seconds.append([])
+            for graph in graphs.values():
+                self.group.barrier()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                # Ranks meet on the GPU, then idle there until all hosts have sent their graphs.
+                self.symm.all_reduce(ping, out=ping, algorithm="one_shot")
+                torch.cuda._sleep(100_000)
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                seconds[-1].append(start.elapsed_time(end) * 1e-3 / calls)
+        slowest = self.group.all_reduce(torch.tensor(seconds[2:], dtype=torch.float64), "max")
+        return {name: Timing.of(column) for name, column in zip(graphs, slowest.t().tolist(), strict=True)}
+
+    def _common(self, kind: str, nbytes: int, tokens: int, hidden: int) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "ranks": self.group.world_size,
+            "ranks_per_gpu": one_gpu.ranks_on_this_gpu(),
+            "mps": one_gpu.has_mps(),
+            "max_blocks": self.symm.max_blocks,
+            "dtype": self.options.dtype,
+            "bytes": nbytes,
+            "tokens": tokens,
+            "hidden": hidden,
+        }
+
+    def _print(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self.group.rank:
+            return
+        first = rows[0]
+        of = format_bytes(first["bytes"]) if first["kind"] == "sum" else f"{first['tokens']} x {first['hidden']}"
+        text = "  ".join(f"{row['path']} {row['time_us']:.1f}" for row in rows)
+        wrong = [row["path"] for row in rows if row["wrong"]]
+        print(f"{of:>12}  {text}{'  WRONG: ' + ', '.join(wrong) if wrong else ''}", flush=True)
+
+
+def _captured(function: Callable[[], Any], calls: int):
+    import torch
+
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return graph
+
+
+# Pure ----------------------------------------------------------------------------------------------------------------
+
+
+def calls_for(nbytes: int) -> int:
+    """Calls in one graph: enough for the clock, the same on all ranks."""
+    return max(2, min(50, (64 << 20) // max(1, nbytes)))
+
+
+def sum_rows(common: Mapping[str, Any], timed: Mapping[str, Timing], wrong: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One row for each way; ``over_peer`` is its time over that of torch's same algorithm."""
+    rows = []
+    for path, timing in timed.items():
+        algbw = common["bytes"] / timing.median / 1e9
+        peer = timed.get(_PEERS.get(path, ""))
+        rows.append(
+            {
+                **common,
+                "path": path,
+                **_times(timing),
+                "busbw": round(algbw * 2 * (common["ranks"] - 1) / common["ranks"], 3),
+                "over_peer": "" if peer is None else round(timing.median / peer.median, 3),
+                "over_all_reduce": "",
+                "speedup": "",
+                "wrong": wrong[path],
+            }
+        )
+    return rows
+
+
+def norm_row(
+    common: Mapping[str, Any], path: str, timed: Mapping[str, Timing], wrong: Mapping[str, int]
+) -> dict[str, Any]:
+    """``over_all_reduce``: time over our all-reduce alone; ``speedup``: torch's all-reduce, then our norm, over it."""
+    timing, peer = timed[path], timed.get("torch_norm")
+    return {
+        **common,
+        "path": path,
+        **_times(timing),
+        "busbw": "",
+        "over_peer": "",
+        "over_all_reduce": round(timing.median / timed["all_reduce"].median, 3),
+        "speedup": "" if peer is None else round(peer.median / timing.median, 3),
+        "wrong": wrong[path],
+    }
+
+
+def _times(timing: Timing) -> dict[str, float]:
+    return {
+        "time_us": round(timing.median * 1e6, 2),
+        "q20_us": round(timing.q20 * 1e6, 2),
+        "q80_us": round(timing.q80 * 1e6, 2),
+    }
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
