@@ -3,7 +3,7 @@
 #   make test    the whole test suite, at most 15 minutes on 2 cores  make format  apply both formatters
 #   make bench   CPU benchmarks, CSV and plots under benchmarks/results/<machine>
 #   make gpu     for a machine with a GPU: doctor, tests, sanitizer, benchmarks (PART=name for one, GPU_OUT=dir for results,
-#                MINUTES=9.5 to start nothing that may not end by then; called again, it goes on)
+#                MINUTES=9.5 to start nothing that may not end by then; called again, it goes on; FAILED=1 repeats failures)
 PYTHON ?= python3
 VENV ?= .venv
 # The newest release the suite was run with; any torch >= 2.11 works (TORCH="torch==2.11.*" make test).
@@ -65,7 +65,7 @@ bench: $(VENV)/.test
 
 # No venv here: such machines come with their own torch, and the package is built against nothing of it.
 gpu:
-	$(PYTHON) benchmarks/run_gpu.py $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES)) --out $(or $(GPU_OUT),gpu_out)
+	$(PYTHON) benchmarks/run_gpu.py $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FAILED),--failed) --out $(or $(GPU_OUT),gpu_out)
 
 clean:
 	rm -rf build *.egg-info tp_kernels/_C*.so .pytest_cache .ruff_cache

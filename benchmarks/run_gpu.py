@@ -1,9 +1,9 @@
 """``make gpu``: everything worth running on a machine with a GPU, in parts that are worth something alone.
 
-Resumable: a command that ended well leaves ``<out>/<name>.ok`` and is skipped next time (``--again`` repeats it), so a
-run stopped half-way is useful and can be continued. Correctness comes before the sanitizer, the sanitizer before
-figures; then each group of ops is tuned and measured, the most valuable first. The table that tuning writes to
-``<out>/tuning`` is the one that the benchmarks after it use.
+Resumable: a command that ended leaves ``<out>/<name>.ok`` or ``.failed`` and is skipped next time (``--failed`` repeats
+failures, ``--again`` everything), so a run stopped half-way is useful and can be continued. Correctness comes before
+the sanitizer, the sanitizer before figures; then each group of ops is tuned and measured, the most valuable first. The
+table that tuning writes to ``<out>/tuning`` is the one that the benchmarks after it use.
 
     python benchmarks/run_gpu.py --out gpu_out                # all parts
     python benchmarks/run_gpu.py --out gpu_out --minutes 9.5  # those that end within that; call again for more
@@ -150,6 +150,14 @@ def parts(out: Path) -> dict[str, Part]:
         bench = [*chosen, *group.bench, "--minutes", f"{group.bench_minutes - MARGIN_MINUTES:.2f}", *files_out]
         command = [python, "-m", "tp_kernels", "bench", "ops", *bench]
         found[f"bench-{name}"] = _one(f"bench-{name}", command, group.bench_minutes)
+    # Ranks that share the GPU: these are ratios of two paths, see docs/one_gpu.md.
+    bench = [python, "-m", "tp_kernels", "bench"]
+    for ranks_each in (4, 2):
+        name = f"comm-all-reduce-{ranks_each}"
+        command = [*bench, "all-reduce-gpu", "--ranks", str(ranks_each), "--factor", "4"]
+        found[name] = _one(name, [*command, "--csv", str(out / f"{name}.csv")], 2.5)
+    overlap = [*bench, "overlap", "--ranks", "4", "--rows", "4096", "--max-ctas", "0", "4", "--growth", "1", "2", "4"]
+    found["comm-overlap"] = _one("comm-overlap", [*overlap, "--csv", str(out / "comm-overlap.csv")], 2.5)
     # What is less worth having, or needs no GPU.
     found["sanitizer-races"] = Part(
         {
@@ -207,8 +215,17 @@ def run(command: list[str], log: Path, deadline: float, environment: dict[str, s
             process.wait()
 
 
-def run_part(name: str, part: Part, out: Path, again: bool, minutes: float) -> bool:
-    """Run a part; print one line about it, its last lines where it measures, and why a command failed."""
+def left_to_do(part: Part, out: Path, again: bool, failed: bool) -> dict[str, list[str]]:
+    """The commands of a part that have not ended before, or are to be repeated."""
+
+    def ended(key: str) -> bool:
+        return (out / f"{key}.ok").exists() or (not failed and (out / f"{key}.failed").exists())
+
+    return {key: command for key, command in part.commands.items() if again or not ended(key)}
+
+
+def run_part(name: str, part: Part, out: Path, wanted: dict[str, list[str]]) -> bool:
+    """Run commands of a part; print one line about it, its last lines where it measures, and why a command failed."""
     started = time.monotonic()
     environment = {
         **{key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
@@ -216,20 +233,21 @@ def run_part(name: str, part: Part, out: Path, again: bool, minutes: float) -> b
         "TP_KERNELS_TUNING_DIR": str(out / "tuning"),
         **part.environment,
     }
-    wanted = {key: command for key, command in part.commands.items() if again or not (out / f"{key}.ok").exists()}
     if not wanted:
-        print(f"{name:22} done before; --again repeats it", flush=True)
-        return True
-    deadline = started + 60 * minutes
+        failed = [key for key in part.commands if (out / f"{key}.failed").exists()]
+        words = f"FAILED before, --failed repeats: {', '.join(failed)}" if failed else "done before; --again repeats it"
+        print(f"{name:22} {words}", flush=True)
+        return not failed
+    deadline = started + 60 * part.minutes
     with ThreadPoolExecutor(part.at_once) as pool:
         running = {
             key: pool.submit(run, command, out / f"{key}.log", deadline, environment) for key, command in wanted.items()
         }
         codes = {key: future.result() for key, future in running.items()}
     bad = {key: code for key, code in codes.items() if code not in (0, 5)}  # 5: no test was selected
-    for key in codes:
-        if key not in bad:
-            (out / f"{key}.ok").touch()
+    for key, code in codes.items():
+        for kind, holds in (("ok", key not in bad), ("failed", key in bad and code != 124)):
+            (out / f"{key}.{kind}").touch() if holds else (out / f"{key}.{kind}").unlink(missing_ok=True)
     first = out / f"{next(iter(wanted))}.log"
     counted = f"{len(codes) - len(bad)} of {len(codes)} commands ended well" if len(codes) > 1 else first
     print(f"{name:22} {'FAILED' if bad else 'ok'}  {time.monotonic() - started:.0f} s  {counted}", flush=True)
@@ -257,7 +275,8 @@ def main() -> int:
     parser.add_argument("--part", action="append", help="run only this part (repeatable)")
     parser.add_argument("--out", type=Path, default=Path("gpu_out"), help="where logs, tables, CSV and plots go")
     parser.add_argument("--minutes", type=float, help="start no part that may not end within this")
-    parser.add_argument("--again", action="store_true", help="repeat what has already ended well")
+    parser.add_argument("--failed", action="store_true", help="repeat what has failed")
+    parser.add_argument("--again", action="store_true", help="repeat what has ended, well or not")
     parser.add_argument("--list", action="store_true", help="print the parts and their commands, run nothing")
     args = parser.parse_args()
     args.out = args.out.resolve()
@@ -275,12 +294,12 @@ def main() -> int:
     started, good = time.monotonic(), True
     for name in args.part or known:
         part = known[name]
-        done = not args.again and all((args.out / f"{key}.ok").exists() for key in part.commands)
+        wanted = left_to_do(part, args.out, args.again, args.failed or name == "build")
         left = part.minutes if args.minutes is None else args.minutes - (time.monotonic() - started) / 60
-        if left < part.minutes and not done:
+        if left < part.minutes and wanted:
             print(f"{name:22} may take {part.minutes:g} minutes, {left:.1f} are left: call again to go on")
             return 0 if good else 1
-        good &= run_part(name, part, args.out, args.again, part.minutes)
+        good &= run_part(name, part, args.out, wanted)
         if not good and name == "build":
             return 1  # nothing after it can run
     return 0 if good else 1

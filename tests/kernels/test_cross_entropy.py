@@ -258,7 +258,7 @@ def test_opcheck(generator, name, dtype):
     torch.library.opcheck(getattr(torch.ops.tp_kernels, name).default, OP_CALLS[name](logits, targets, rows))
 
 
-def check_compiled(generator, shape, dtype, backend):
+def check_compiled(generator, shape, dtype, backend, **bounds):
     logits, targets = problem(generator, shape, dtype)
     torch._dynamo.reset()
 
@@ -272,9 +272,9 @@ def check_compiled(generator, shape, dtype, backend):
         loss = function(leaf, targets)
         loss.backward()
         results.append((loss.detach(), leaf.grad))
-    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[1], **bounds)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(logits, targets), results[0][0])
+        torch.testing.assert_close(compiled(logits, targets), results[0][0], **bounds)
 
 
 def test_compile(generator):
@@ -372,7 +372,8 @@ def test_small_sizes(generator, shape):
 
 @pytest.mark.gpu
 def test_compile_with_inductor(generator):
-    check_compiled(generator, (64, 32000), torch.bfloat16, "inductor")
+    # Inductor rounds 3 * tanh(x) once, PyTorch twice; one target has 3 / 64 of the gradient.
+    check_compiled(generator, (64, 32000), torch.bfloat16, "inductor", rtol=0.02, atol=2e-3)
 
 
 @pytest.mark.gpu

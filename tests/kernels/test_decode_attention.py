@@ -257,7 +257,10 @@ def test_public_op_leaves_the_rest_to_pytorch(generator):
     *pages, table = paged(generator, chunk[1:3], chunk[3], 9, 8)
     assert choice(chunk[0], *pages, chunk[3], page_table=table).path == "torch"
     torch.testing.assert_close(
-        ops.decode_attention(chunk[0], *pages, chunk[3], page_table=table), ops.decode_attention(*chunk)
+        ops.decode_attention(chunk[0], *pages, chunk[3], page_table=table),
+        ops.decode_attention(*chunk),
+        rtol=2e-3,  # PyTorch's kernels may differ with the layout
+        atol=2e-3,
     )
     assert "16-bit" in choice(*make_case(generator, torch.float32, lengths=[5])).reason
     assert "head_dim 257" in choice(*make_case(generator, half, lengths=[5], dim=257)).reason

@@ -279,7 +279,8 @@ def test_compiles_without_graph_breaks(device, generator):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for actual, expected in zip(compiled(q, k, v), step(q, k, v), strict=True):
-            torch.testing.assert_close(actual, expected)
+            # Traced, a plain call may go to another of PyTorch's kernels.
+            torch.testing.assert_close(actual, expected, **({"rtol": 0.02, "atol": 0.02} if HAS_GPU else {}))
 
 
 def test_bad_inputs(device):

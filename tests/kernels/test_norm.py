@@ -277,7 +277,7 @@ def block(x, residual, weight):
     return ops.rms_norm(torch.tanh(normed), weight, EPS) + summed
 
 
-def check_compiled(generator, dtype, shape, backend):
+def check_compiled(generator, dtype, shape, backend, **bounds):
     x, residual, weight = operands(generator, shape, dtype)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend=backend)
@@ -287,13 +287,31 @@ def check_compiled(generator, dtype, shape, backend):
         out = function(*leaves)
         out.backward(x)
         results.append((out.detach(), *(leaf.grad for leaf in leaves)))
-    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[1], **bounds)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x, residual, weight), block(x, residual, weight))
+        torch.testing.assert_close(compiled(x, residual, weight), block(x, residual, weight), **bounds)
 
 
 def test_compile(generator):
     check_compiled(generator, torch.float32, (3, 32), "aot_eager")
+
+
+def test_compile_with_sizes_and_numbers_that_may_vary(generator):
+    """An attribute is a symbol then, and Dynamo fails to hand one to a second function."""
+
+    class Block(torch.nn.Module):
+        eps = EPS
+
+        def forward(self, x, weight):
+            return ops.rms_norm(ops.rms_norm(x, weight, self.eps), weight, self.eps)
+
+    torch._dynamo.reset()
+    plain = Block()
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager", dynamic=True)
+    x, _, weight = operands(generator, (3, 32), torch.float32)
+    x.requires_grad_()
+    (expected,), (actual,) = (torch.autograd.grad(block(x, weight).sum(), x) for block in (plain, compiled))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_autocast_changes_nothing(generator):
@@ -386,7 +404,8 @@ def test_small_sizes(generator, shape):
 
 @pytest.mark.gpu
 def test_compile_with_inductor(generator):
-    check_compiled(generator, torch.bfloat16, (64, 4096), "inductor")
+    # Inductor does not round what it recomputes for the backward: 1 - tanh^2 is off by a bf16 ulp of 1 where tanh is 1.
+    check_compiled(generator, torch.bfloat16, (64, 4096), "inductor", rtol=0.05, atol=0.1)
 
 
 @pytest.mark.gpu

@@ -230,6 +230,18 @@ def test_op_compile_and_empty(generator, options):
             assert call(empty, *caches).shape == (len(empty), 4, empty.shape[1], 8)
 
 
+def test_a_norm_in_a_wider_dtype_leaves_that_of_the_queries(generator):
+    """As under autocast; with such a norm the call is PyTorch's."""
+    half = torch.float16
+    device = generator.device
+    qkv = torch.randn(1, 2, 4 * 16, generator=generator, device=device).to(half)
+    caches = (torch.zeros(1, 1, 8, 16, dtype=half, device=device) for _ in range(2))
+    norm, lengths = torch.rand(16, generator=generator, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    arguments = (qkv, *rotary(8, 16, device), lengths, *caches, 2, 1, norm, norm)
+    assert ops.qkv_rope_cache(*arguments).dtype == half
+    torch.library.opcheck(torch.ops.tp_kernels.qkv_rope_cache.default, arguments)
+
+
 def test_choices(generator, device):
     problem = Problem(generator, torch.float16, 1, 1, 4, 2, 16)
     operands, _ = problem.arguments()

@@ -125,7 +125,8 @@ def check_compiled(generator, backend):
     (actual,) = torch.autograd.grad(compiled(qkv, cos, sin), qkv)
     torch.testing.assert_close(actual, expected)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(qkv, cos, sin), training_step(qkv, cos, sin))
+        # A sum of terms of either sign, in whatever order a compiler likes.
+        torch.testing.assert_close(compiled(qkv, cos, sin), training_step(qkv, cos, sin), rtol=1e-5, atol=1e-4)
 
 
 def test_apply_rope_op_and_compile(generator):

@@ -270,3 +270,17 @@ def test_qkv_rope_cache_errors():
             with pytest.raises(ValueError, match=words):
                 ops.qkv_rope_cache(**wide)
     assert torch.equal(k_cache, untouched)
+
+
+def test_lengths_that_vary_are_compiled_once():
+    def loss(x):
+        q = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        return ops.attention(q, q, q).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (5, 7, 1):
+        x = torch.randn(1, length, 16, generator=torch.Generator().manual_seed(length)).requires_grad_()
+        (expected,) = torch.autograd.grad(loss(x), x)
+        (actual,) = torch.autograd.grad(compiled(x), x)
+        torch.testing.assert_close(actual, expected)

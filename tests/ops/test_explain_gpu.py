@@ -1,4 +1,4 @@
-"""``ops.explain`` for GPU tensors: the measured table decides, and the words say so. Tier: no device (pretended H100)."""
+"""``ops.explain`` for GPU tensors: the measured table decides, and the words say so. Tier: no device (pretended)."""
 
 import json
 

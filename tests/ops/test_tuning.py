@@ -55,8 +55,9 @@ def test_zero_marks_a_property(tables):
     assert find(0).path == "full" and find(1).path == "causal"
 
 
-def test_damaged_table_is_named(tables):
-    (tables / "h100.json").write_text("{}")
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"", b"\xff\xfe\x00"], ids=repr)
+def test_damaged_table_is_named(tables, content):
+    (tables / "h100.json").write_bytes(content)
     tuning.forget_tables()
     with pytest.raises(ValueError, match=r"h100\.json is not a tuning table.*tp-kernels tune"):
         tuning.lookup("made_up", H100, torch.bfloat16, m=1)

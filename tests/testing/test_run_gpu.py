@@ -112,16 +112,28 @@ def test_a_command_ends_at_its_deadline_with_all_it_started(run_gpu, tmp_path):
     assert "No such file" in log.read_text()
 
 
-def test_what_ended_well_is_not_repeated(run_gpu, tmp_path, capsys):
+def test_what_ended_is_not_repeated(run_gpu, tmp_path, capsys):
     script = "import os, sys; open(sys.argv[1], 'a').write('x'); sys.exit(int(sys.argv[2]))"
     files = {name: tmp_path / name for name in ("good", "bad", "none")}
     codes = {"good": "0", "bad": "1", "none": "5"}  # 5: pytest selected no test
     made = {name: [sys.executable, "-c", script, str(file), codes[name]] for name, file in files.items()}
     part = run_gpu.Part(made, 1.0, 2)
-    assert not run_gpu.run_part("some", part, tmp_path, False, 1.0)
-    assert not run_gpu.run_part("some", part, tmp_path, False, 1.0)
-    assert {name: file.read_text() for name, file in files.items()} == {"good": "x", "bad": "xx", "none": "x"}
+
+    def run(**which):
+        return run_gpu.run_part("some", part, tmp_path, run_gpu.left_to_do(part, tmp_path, **which))
+
+    assert not run(again=False, failed=False)
     assert "exit status 1" in capsys.readouterr().out
+    assert not run(again=False, failed=False)
+    assert "FAILED before, --failed repeats: bad" in capsys.readouterr().out
+    assert {name: file.read_text() for name, file in files.items()} == {"good": "x", "bad": "x", "none": "x"}
+    assert not run(again=False, failed=True)
+    assert not run(again=True, failed=False)
+    assert {name: file.read_text() for name, file in files.items()} == {"good": "xx", "bad": "xxx", "none": "xx"}
+    late = run_gpu.Part({"late": [sys.executable, "-c", "import time; time.sleep(60)"]}, 0.02)
+    assert not run_gpu.run_part("late", late, tmp_path, late.commands)
+    assert "out of time" in capsys.readouterr().out
+    assert run_gpu.left_to_do(late, tmp_path, again=False, failed=False), "what had no time is tried again"
 
 
 def test_a_part_that_may_not_end_in_time_is_not_started(run_gpu, tmp_path, monkeypatch, capsys):

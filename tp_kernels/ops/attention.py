@@ -112,8 +112,11 @@ def sdpa_attention(
     windowed = sliding_window is not None and (sliding_window < kv_len or not causal)
     groups = q.shape[1] != k.shape[1]
     if mask is None and not windowed and (not causal or length == kv_len or length == 1):
-        # No mask tensor: SDPA may take its flash kernels, which know causality.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale, enable_gqa=groups)
+        # No mask tensor: SDPA may take its flash kernels, which know causality. A branch, because where the length is
+        # dynamic in traced code its comparison is no bool, which SDPA insists on.
+        if length == 1:
+            causal = False
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=groups)
     positions = torch.arange(length, device=q.device) + (kv_len - length)
     allowed = _merge_masks(allowed_mask(positions, kv_len, causal, sliding_window), mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=groups)

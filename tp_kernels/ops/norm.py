@@ -406,7 +406,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
             return _RMS_NORM_OP(x, weight, eps)
         if on_gpu(x):
             _check(x, None, weight)
-            return _RmsNorm.apply(x, None, weight, eps)
+            # A symbol, as a module's attribute may be, cannot be given to two functions (Dynamo, PyTorch 2.14).
+            return _RmsNorm.apply(x, None, weight, float(eps))
     elif plain_cpu(x) and not needs_grad(x, weight):
         result = _native_norm(x, None, weight, eps)
         if result is not None:
@@ -443,7 +444,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
             return _ADD_RMS_NORM_OP(x, residual, weight, eps)
         if on_gpu(x):
             _check(x, residual, weight)
-            return _RmsNorm.apply(x, residual, weight, eps)
+            return _RmsNorm.apply(x, residual, weight, float(eps))
     elif plain_cpu(x) and not needs_grad(x, residual, weight):
         result = _native_norm(x, residual, weight, eps)
         if result is not None:
