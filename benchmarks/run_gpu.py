@@ -158,6 +158,8 @@ def parts(out: Path) -> dict[str, Part]:
         found[name] = _one(name, [*command, "--csv", str(out / f"{name}.csv")], 2.5)
     overlap = [*bench, "overlap", "--ranks", "4", "--rows", "4096", "--max-ctas", "0", "4", "--growth", "1", "2", "4"]
     found["comm-overlap"] = _one("comm-overlap", [*overlap, "--csv", str(out / "comm-overlap.csv")], 2.5)
+    layer = [*bench, "layer", "--ranks", "4", "--csv", str(out / "comm-layer.csv")]
+    found["comm-layer"] = _one("comm-layer", layer, 3.0)
     # What is less worth having, or needs no GPU.
     found["sanitizer-races"] = Part(
         {

@@ -20,6 +20,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks."""
+    from tp_kernels.commands import bench_layer
     from tp_kernels.testing import bench_all_reduce, bench_all_reduce_gpu, bench_overlap
     from tp_kernels.testing.op_bench import commands
 
@@ -53,6 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     bench_overlap.add_arguments(overlap)
     overlap.set_defaults(run=bench_overlap.run)
+    layer = benchmarks.add_parser(
+        "layer",
+        help="a decoder layer over several ranks against itself with communication switched off",
+        description="Decoder layers of a model's shapes over several ranks, prefill and decode, against the same ranks "
+        "with communication switched off; ranks share one GPU where there are not enough.",
+        epilog=_LAYER_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    bench_layer.add_arguments(layer)
+    layer.set_defaults(run=bench_layer.run)
     ops = benchmarks.add_parser(
         "ops",
         help="the GPU kernels against PyTorch, Liger, FlashAttention and others",
@@ -80,6 +91,13 @@ _OVERLAP_EXAMPLES = """\
 examples:
   tp-kernels bench overlap --ranks 4 --rows 4096 --csv overlap.csv
   tp-kernels bench overlap --ranks 4 --tune
+"""
+
+_LAYER_EXAMPLES = """\
+examples:
+  tp-kernels bench layer --ranks 4 --csv layer.csv
+  tp-kernels bench layer --ranks 4 --what decode --context 128 1024 8192 --no-nccl
+  tp-kernels bench layer --ranks 2 --device cpu --model tiny --tokens 32 --context 32
 """
 
 _OPS_EXAMPLES = """\

@@ -187,7 +187,8 @@ class ParallelAttention(TensorParallelLayer):
         """QK-norm of this rank's heads; the gradient of the replicated weight is summed over the ranks."""
         weight = norm.weight
         if self.tp_size == 1 or not weight.requires_grad or not torch.is_grad_enabled():
-            return ops.rms_norm(heads, weight, self.norm_eps)
+            # Weights kept in fp32 must not widen the queries beside 16-bit values.
+            return ops.rms_norm(heads, weight, self.norm_eps).to(heads.dtype)
         # In fp32, so that the gradient is rounded once, after the sum; the product of two bf16 values is exact in fp32,
         # hence the result has the same bits.
         weight = copy_to_tensor_parallel(weight.to(torch.promote_types(weight.dtype, torch.float32)), self.group)

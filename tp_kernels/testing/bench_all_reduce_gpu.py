@@ -22,7 +22,6 @@ Ranks that share a GPU share its memory too: such figures compare two paths, and
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ __all__ = ["Options", "add_arguments", "calls_for", "main", "measure", "norm_row
 
 TORCH_DTYPES = ("float32", "bfloat16")  # those that torch.ops.symm_mem adds
 _TORCH_ONE_SHOT = 256 << 10
-_LIMIT_S = 3600.0
 _PEERS = {"one_shot": "torch_one_shot", "two_shot": "torch_two_shot"}
 
 
@@ -80,37 +78,17 @@ def _options(args: argparse.Namespace) -> Options:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark with parsed options; 0, or 1 if a result was wrong. ValueError for options that do not fit."""
-    options = _options(args)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        from tp_kernels.comm import ProcessGroupManager
+    from tp_kernels.testing.rank_bench import measure_on_ranks
 
-        with ProcessGroupManager.initialize(backend="gloo", device="cuda") as manager:
-            rows = measure(manager.tp_group, options)
-            if manager.rank:
-                return 0
-    else:
-        rows = _start_ranks(args.ranks, options)
+    options = _options(args)
+    rows = measure_on_ranks(
+        measure, options, ranks=args.ranks, no_gpu="`tp-kernels bench all-reduce` measures CPU ranks"
+    )
+    if rows is None:
+        return 0
     if args.csv:
         write_csv(args.csv, rows)
     return 1 if any(row["wrong"] for row in rows) else 0
-
-
-def _start_ranks(count: int, options: Options) -> list[dict[str, Any]]:
-    import torch
-
-    from tp_kernels.testing.one_gpu_ranks import OneGpuRanks
-    from tp_kernels.testing.rank_pool import RankPool
-
-    if not torch.cuda.is_available():
-        raise ValueError("there is no GPU here; `tp-kernels bench all-reduce` measures CPU ranks")
-    if torch.cuda.device_count() >= count:
-        own = lambda rank: {"LOCAL_RANK": str(rank)}  # noqa: E731
-        with RankPool(count, backend="gloo", device="cuda", environment=own) as pool:
-            return pool.run(measure, options, timeout=_LIMIT_S)[0]
-    with OneGpuRanks() as ranks:
-        pool = ranks(count, backend="gloo")
-        print(f"# {ranks.shared_gpu.describe(count)}", flush=True)
-        return pool.run(measure, options, timeout=_LIMIT_S)[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -276,26 +254,10 @@ class _Bench:
         return int(self.group.all_reduce(count))
 
     def _time(self, ways: Mapping[str, Callable[[], Any]], calls: int) -> dict[str, Timing]:
-        import torch
+        from tp_kernels.testing.rank_bench import captured, time_graphs
 
-        graphs = {name: _captured(function, calls) for name, function in ways.items()}
-        ping = torch.zeros(4, device="cuda")
-        seconds: list[list[float]] = []
-        for _ in range(self.options.rounds + 2):
-            seconds.append([])
-            for graph in graphs.values():
-                self.group.barrier()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                # Ranks meet on the GPU, then idle there until all hosts have sent their graphs.
-                self.symm.all_reduce(ping, out=ping, algorithm="one_shot")
-                torch.cuda._sleep(100_000)
-                start.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                seconds[-1].append(start.elapsed_time(end) * 1e-3 / calls)
-        slowest = self.group.all_reduce(torch.tensor(seconds[2:], dtype=torch.float64), "max")
-        return {name: Timing.of(column) for name, column in zip(graphs, slowest.t().tolist(), strict=True)}
+        graphs = {name: captured(function, calls) for name, function in ways.items()}
+        return time_graphs(self.group, self.symm, graphs, calls, self.options.rounds)
 
     def _common(self, kind: str, nbytes: int, tokens: int, hidden: int) -> dict[str, Any]:
         return {
@@ -318,18 +280,6 @@ class _Bench:
         text = "  ".join(f"{row['path']} {row['time_us']:.1f}" for row in rows)
         wrong = [row["path"] for row in rows if row["wrong"]]
         print(f"{of:>12}  {text}{'  WRONG: ' + ', '.join(wrong) if wrong else ''}", flush=True)
-
-
-def _captured(function: Callable[[], Any], calls: int):
-    import torch
-
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    return graph
 
 
 # Pure ----------------------------------------------------------------------------------------------------------------

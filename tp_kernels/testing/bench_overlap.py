@@ -21,7 +21,6 @@ works, not what it brings on GPUs that are linked.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +35,7 @@ __all__ = ["Options", "add_arguments", "candidates", "entries", "main", "measure
 
 # Llama-3-8B: (out_features, in_features) of the two row-parallel projections.
 SHAPES = {"o": (4096, 4096), "down": (4096, 14336)}
-_START_S, _LIMIT_S = 120.0, 3600.0
+_START_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -99,39 +98,22 @@ def _options(args: argparse.Namespace) -> Options:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark with parsed options; 0, or 1 if overlap changed a result. ValueError for bad options."""
-    options = _options(args)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        from tp_kernels.comm import ProcessGroupManager
+    from tp_kernels.testing.rank_bench import measure_on_ranks
 
-        with ProcessGroupManager.initialize(backend="gloo", device="cuda") as manager:
-            rows = measure_on_gpu(manager.tp_group, options)
-            if manager.rank:
-                return 0
-    else:
-        rows = _start_ranks(args.ranks, options)
+    options = _options(args)
+    rows = measure_on_ranks(
+        measure_on_gpu,
+        options,
+        ranks=args.ranks,
+        no_gpu="on CPU ranks there is nothing to overlap with: every core computes",
+    )
+    if rows is None:
+        return 0
     if args.csv:
         write_csv(args.csv, rows)
     if args.tune is not None:
         _write_table(rows, options, args.tune)
     return 1 if any(row["wrong"] for row in rows) else 0
-
-
-def _start_ranks(count: int, options: Options) -> list[dict[str, Any]]:
-    import torch
-
-    from tp_kernels.testing.one_gpu_ranks import OneGpuRanks
-    from tp_kernels.testing.rank_pool import RankPool
-
-    if not torch.cuda.is_available():
-        raise ValueError("there is no GPU here; on CPU ranks there is nothing to overlap with: every core computes")
-    if torch.cuda.device_count() >= count:
-        own = lambda rank: {"LOCAL_RANK": str(rank)}  # noqa: E731
-        with RankPool(count, backend="gloo", device="cuda", environment=own) as pool:
-            return pool.run(measure_on_gpu, options, timeout=_LIMIT_S)[0]
-    with OneGpuRanks() as ranks:
-        pool = ranks(count, backend="gloo")
-        print(f"# {ranks.shared_gpu.describe(count)}", flush=True)
-        return pool.run(measure_on_gpu, options, timeout=_LIMIT_S)[0]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ the configuration and how the sums are compiled, so the same row may differ in t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ from tp_kernels.ops.kernels.skinny_common import (
     fetch_into_l2,
     fetched_columns,
     finish,
+    launch_case,
     next_power_of_2,
 )
 
@@ -317,26 +319,7 @@ def gemv(
 # Ahead-of-time check -------------------------------------------------------------------------------------------------
 
 
-def _case(
-    name: str,
-    m: int,
-    n: int,
-    k: int,
-    config: Config | None = None,
-    gated: bool = False,
-    everything: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    **expected: object,
-) -> AotCase:
-    def call() -> None:
-        rows = 2 * n if gated else n
-        x, weight, out = (torch.empty(s, device="meta", dtype=dtype) for s in ((m, k), (rows, k), (m, n)))
-        bias = torch.empty(rows, device="meta", dtype=dtype) if everything else None
-        activation = "gelu" if everything and not gated else None
-        residual = out if everything else None
-        gemv(out, x, weight, bias, residual, activation, gated, config, weights_ready=True)
-
-    return AotCase(f"gemv {name}", call, pdl=True, **expected)  # type: ignore[arg-type]
+_case = partial(launch_case, "gemv", gemv)
 
 
 def aot_cases() -> list[AotCase]:

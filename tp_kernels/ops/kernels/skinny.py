@@ -27,6 +27,7 @@ block arrives last. They do not depend on the other rows of x, but M chooses the
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ from tp_kernels.ops.kernels.skinny_common import (
     fetch_into_l2,
     fetched_columns,
     finish,
+    launch_case,
     next_power_of_2,
 )
 
@@ -385,26 +387,7 @@ def skinny_matmul(
 # Ahead-of-time check -------------------------------------------------------------------------------------------------
 
 
-def _case(
-    name: str,
-    m: int,
-    n: int,
-    k: int,
-    config: Config | None = None,
-    gated: bool = False,
-    everything: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    **expected: object,
-) -> AotCase:
-    def call() -> None:
-        rows = 2 * n if gated else n
-        x, weight, out = (torch.empty(s, device="meta", dtype=dtype) for s in ((m, k), (rows, k), (m, n)))
-        bias = torch.empty(rows, device="meta", dtype=dtype) if everything else None
-        activation = "gelu" if everything and not gated else None
-        residual = out if everything else None
-        skinny_matmul(out, x, weight, bias, residual, activation, gated, config, weights_ready=True)
-
-    return AotCase(f"skinny {name}", call, pdl=True, **expected)  # type: ignore[arg-type]
+_case = partial(launch_case, "skinny", skinny_matmul)
 
 
 def aot_cases() -> list[AotCase]:

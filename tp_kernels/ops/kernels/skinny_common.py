@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tp_kernels.ops.kernels.epilogue import activate, silu
+from tp_kernels.ops.kernels.launch import AotCase
 
-__all__ = ["check_operands", "fetch_into_l2", "fetched_columns", "finish", "next_power_of_2"]
+__all__ = ["check_operands", "fetch_into_l2", "fetched_columns", "finish", "launch_case", "next_power_of_2"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = (None, "silu", "gelu", "gelu_tanh", "relu")
@@ -145,3 +149,29 @@ def _misfit(
     strides = {name: None if t is None else t.stride() for name, t in (("out", out), ("x", x), ("weight", weight))}
     more = {name: None if t is None else t.stride() for name, t in (("bias", bias), ("residual", residual))}
     return f"expected dense rows, got strides {strides | more}"
+
+
+def launch_case(
+    family: str,
+    launcher: Callable[..., None],
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    config: Any = None,
+    gated: bool = False,
+    everything: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    **expected: Any,
+) -> AotCase:
+    """One launch for the ahead-of-time check; with ``everything`` there are bias, residual and an activation."""
+
+    def call() -> None:
+        rows = 2 * n if gated else n
+        x, weight, out = (torch.empty(s, device="meta", dtype=dtype) for s in ((m, k), (rows, k), (m, n)))
+        bias = torch.empty(rows, device="meta", dtype=dtype) if everything else None
+        activation = "gelu" if everything and not gated else None
+        residual = out if everything else None
+        launcher(out, x, weight, bias, residual, activation, gated, config, weights_ready=True)
+
+    return AotCase(f"{family} {name}", call, pdl=True, **expected)

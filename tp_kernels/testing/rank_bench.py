@@ -1,0 +1,102 @@
+"""What benchmarks over ranks share: how they come to their ranks, and graphs timed in turns by the slowest of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tp_kernels.testing.bench import Timing
+
+__all__ = ["captured", "measure_on_ranks", "time_graphs"]
+
+_LIMIT_S = 3600.0
+_WARMUP = 2
+
+
+def measure_on_ranks(
+    measure: Callable[..., list[dict[str, Any]]], options: Any, *, ranks: int, device: str = "cuda", no_gpu: str = ""
+) -> list[dict[str, Any]] | None:
+    """Call ``measure(group, options)`` on every rank; the rows of rank 0.
+
+    Run by ``tp-kernels launch`` or torchrun, this process is one of the ranks, and only the first gets rows. Otherwise
+    ``ranks`` processes are started here: with a GPU each if there are so many, else all on one.
+
+    Args:
+        measure: at the top level of a module, the rows the same on all ranks. Its group is Gloo's on "cuda": what is
+            measured it makes itself.
+        options: can be pickled.
+        device: "cuda", or "cpu" for ranks without a GPU, over the transport that they get by default.
+        no_gpu: what to say, beside that there is no GPU here.
+    Raises:
+        ValueError: a GPU is needed and there is none.
+    """
+    backend = "gloo" if device == "cuda" else "auto"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from tp_kernels.comm import ProcessGroupManager
+
+        with ProcessGroupManager.initialize(backend=backend, device=device) as manager:
+            rows = measure(manager.tp_group, options)
+            return None if manager.rank else rows
+    import torch
+
+    from tp_kernels.testing.one_gpu_ranks import OneGpuRanks
+    from tp_kernels.testing.rank_pool import RankPool
+
+    if device == "cpu":
+        with RankPool(ranks) as pool:
+            return pool.run(measure, options, timeout=_LIMIT_S)[0]
+    if not torch.cuda.is_available():
+        raise ValueError(f"there is no GPU here; {no_gpu}")
+    if torch.cuda.device_count() >= ranks:
+        own = lambda rank: {"LOCAL_RANK": str(rank)}  # noqa: E731
+        with RankPool(ranks, backend=backend, device=device, environment=own) as pool:
+            return pool.run(measure, options, timeout=_LIMIT_S)[0]
+    with OneGpuRanks() as shared:
+        pool = shared(ranks, backend=backend)
+        print(f"# {shared.shared_gpu.describe(ranks)}", flush=True)
+        return pool.run(measure, options, timeout=_LIMIT_S)[0]
+
+
+def captured(function: Callable[[], Any], calls: int = 1):
+    """A CUDA graph of ``calls`` calls, after one outside it."""
+    import torch
+
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return graph
+
+
+def time_graphs(group, symm, graphs: Mapping[str, Any], calls: int, rounds: int) -> dict[str, Timing]:
+    """Replay the graphs in turns; seconds per call, each round as long as its slowest rank.
+
+    Args:
+        group: of the ranks, with a CPU transport.
+        symm: a ``SymmetricMemoryCommunicator`` of the same ranks, over which they meet before each turn.
+        graphs: the same names in the same order on all ranks.
+        calls: in each graph.
+        rounds: timed turns of each graph.
+    """
+    import torch
+
+    ping = torch.zeros(4, device="cuda")
+    seconds: list[list[float]] = []
+    for _ in range(rounds + _WARMUP):
+        seconds.append([])
+        for graph in graphs.values():
+            group.barrier()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # Ranks meet on the GPU, then idle there until all hosts have sent their graphs.
+            symm.all_reduce(ping, out=ping, algorithm="one_shot")
+            torch.cuda._sleep(100_000)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds[-1].append(start.elapsed_time(end) * 1e-3 / calls)
+    slowest = group.all_reduce(torch.tensor(seconds[_WARMUP:], dtype=torch.float64), "max")
+    return {name: Timing.of(column) for name, column in zip(graphs, slowest.t().tolist(), strict=True)}
