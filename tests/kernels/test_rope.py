@@ -175,3 +175,14 @@ def test_graph_capture(generator):
 @pytest.mark.gpu
 def test_compiled_by_inductor(generator):
     check_compiled(generator, "inductor")
+
+
+def test_one_tensor_in_two_places_is_compiled(device, generator):
+    q = torch.randn(1, 2, 4, 16, generator=generator, device=device, requires_grad=True)
+    table = torch.randn(4, 16, generator=generator, device=device)
+    weight = torch.ones(16, device=device)
+    for function in (lambda: ops.apply_rope(q, q, table, table), lambda: ops.add_rms_norm(q, q, weight)):
+        expected = torch.autograd.grad(sum(out.square().sum() for out in function()), q)
+        torch._dynamo.reset()
+        results = torch.compile(function, fullgraph=True, backend="aot_eager")()
+        torch.testing.assert_close(torch.autograd.grad(sum(out.square().sum() for out in results), q), expected)

@@ -444,7 +444,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
             return _ADD_RMS_NORM_OP(x, residual, weight, eps)
         if on_gpu(x):
             _check(x, residual, weight)
-            return _RmsNorm.apply(x, residual, weight, float(eps))
+            # Dynamo refuses one tensor in two places.
+            return _RmsNorm.apply(x, residual.view_as(residual), weight, float(eps))
     elif plain_cpu(x) and not needs_grad(x, residual, weight):
         result = _native_norm(x, residual, weight, eps)
         if result is not None:

@@ -182,6 +182,8 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
         if traced or _takes_kernel(q, k, cos, sin):
             token_major = not q.is_contiguous()
             if needs_grad(q, k):
+                if traced:  # Dynamo refuses one tensor in two places
+                    k, sin = k.view_as(k), sin.view_as(sin)
                 return _Rope.apply(q, k, cos, sin, token_major)
             return (_FORWARD_OP if traced else _forward_impl)(q, k, cos, sin, token_major)
     return apply_rope_reference(q, k, cos, sin)
