@@ -225,8 +225,11 @@ def single_layer(group):
             expected, actual = (layer(*arguments) for layer in layers)
             assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
         assert torch.equal(residual, before) and offered.communicator.calls == [(True, True)] * 2
-        out, _ = layers[1](x, keep_partial=True)
+        out, carried = layers[1](x, keep_partial=True)
         assert isinstance(out, PartialSum) and out.bias is layers[1].mlp.down_proj.bias
+        # The last of a chain may return whole sums.
+        expected, actual = layers[0](*layers[0](x)), layers[1](out, carried)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
 
 def test_a_layer_alone_returns_whole_sums(rank_pool):

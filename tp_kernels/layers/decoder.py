@@ -139,7 +139,7 @@ class ParallelDecoderLayer(nn.Module):
             ``(x, residual)``; the block's output is their sum.
         """
         group = self.self_attn.group
-        fused = keep_partial or self.fuses_norms(x)
+        fused = keep_partial or self.fuses_norms(x.partial if isinstance(x, PartialSum) else x)
         if isinstance(x, PartialSum):
             out = _shared_output(group, x.partial)
             x, residual = self.input_layernorm.add_reduced(
