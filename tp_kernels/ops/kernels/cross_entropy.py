@@ -20,8 +20,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
-from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
+from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch, meta
 from tp_kernels.ops.kernels.rows import row_starts, rows_of
+from tp_kernels.ops.kernels.sizes import cdiv, next_power_of_2
 
 __all__ = [
     "BackwardConfig",
@@ -205,7 +206,7 @@ class BackwardConfig(NamedTuple):
 
 def default_config(info: GpuInfo, dtype: torch.dtype, m: int, v: int) -> Config:
     """32 elements a thread at 8 warps, two blocks ahead through asynchronous copies; less for short rows."""
-    block = min(max(triton.next_power_of_2(v), 256), 8192)
+    block = min(max(next_power_of_2(v), 256), 8192)
     return Config(block, max(block // 1024, 1), 3)
 
 
@@ -223,7 +224,7 @@ def candidates(info: GpuInfo, dtype: torch.dtype, m: int, v: int) -> list[Config
 
 def default_backward_config(info: GpuInfo, dtype: torch.dtype, m: int, v: int) -> BackwardConfig:
     """16 elements a thread: with 32 the compiler sinks the loads behind the arithmetic to save registers."""
-    block = min(max(triton.next_power_of_2(v), 256), 4096)
+    block = min(max(next_power_of_2(v), 256), 4096)
     return BackwardConfig(block, max(block // 512, 1))
 
 
@@ -294,7 +295,7 @@ def _forward(maximum, total, third, loss, logits, targets, vocab_start, vocab_si
     strides = rows.inner, rows.outer[0], rows.step[0]
     config = config or default_config(info, logits.dtype, m, vocab)
     splits = _splits(info, m, vocab, config.block)
-    blocks = triton.cdiv(triton.cdiv(vocab, config.block), splits)
+    blocks = cdiv(cdiv(vocab, config.block), splits)
     sizes = vocab, vocab_start, vocab_size, ignore_index
     pdl = info.has_pdl and not INTERPRETED
     # Told of no limit the compiler takes 32 registers and issues one load at a time; told of 128, all of a block.
@@ -366,7 +367,7 @@ def cross_entropy_backward(
     if target is not out:
         raise ValueError(f"expected an output whose rows follow two strides, got {tuple(out.stride())}")
     config = config or default_backward_config(info, logits.dtype, m, vocab)
-    blocks = triton.cdiv(vocab, config.block)
+    blocks = cdiv(vocab, config.block)
     pdl = info.has_pdl and not INTERPRETED
     launch(
         _cross_entropy_backward_kernel,
@@ -396,12 +397,9 @@ def cross_entropy_backward(
 def aot_cases() -> list[AotCase]:
     """Llama's vocabulary whole and in shards, few rows, an odd vocabulary, backward into a new tensor and in place."""
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     def forward(m: int, v: int, dtype: torch.dtype = torch.bfloat16, shard: bool = False, stages: int = 3) -> None:
-        logits, targets = tensor(m, v, dtype=dtype), tensor(m, dtype=torch.int64)
-        rows = [tensor(m, dtype=torch.float32) for _ in range(3)]
+        logits, targets = meta(m, v, dtype=dtype), meta(m, dtype=torch.int64)
+        rows = [meta(m, dtype=torch.float32) for _ in range(3)]
         config = default_config(gpu_of(logits), dtype, m, v)._replace(stages=stages)
         if shard:
             cross_entropy_stats(*rows, logits, targets, v, 8 * v, -100, config)
@@ -409,8 +407,8 @@ def aot_cases() -> list[AotCase]:
             cross_entropy_forward(*rows, logits, targets, -100, config)
 
     def backward(m: int, v: int, inplace: bool, dtype: torch.dtype = torch.bfloat16) -> None:
-        logits, targets, row = tensor(m, v, dtype=dtype), tensor(m, dtype=torch.int64), tensor(m, dtype=torch.float32)
-        out = logits if inplace else tensor(m, v, dtype=dtype)
+        logits, targets, row = meta(m, v, dtype=dtype), meta(m, dtype=torch.int64), meta(m, dtype=torch.float32)
+        out = logits if inplace else meta(m, v, dtype=dtype)
         cross_entropy_backward(out, logits, targets, row, row, row, 0, -100)
 
     fast = {"pdl": True, "max_registers": 96}

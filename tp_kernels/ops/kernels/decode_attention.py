@@ -42,6 +42,7 @@ from tp_kernels.ops.kernels.decode_config import (
     splits_for,
 )
 from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
+from tp_kernels.ops.kernels.sizes import next_power_of_2
 
 __all__ = ["aot_cases", "decode_attention"]
 
@@ -297,8 +298,8 @@ def _merge_kernel(
 def _merge_tiles(rows: int, head_dim: int, splits: int) -> tuple[int, int, int]:
     """Tiles of the merges: rows and shares for the last arrival (8192 elements), shares for the kernel (512-4096)."""
     block_d = power_of_two(head_dim)
-    block_r = max(1, min(1 << (rows - 1).bit_length(), 1024 // block_d))
-    most = 1 << (splits - 1).bit_length()
+    block_r = max(1, min(next_power_of_2(rows), 1024 // block_d))
+    most = next_power_of_2(splits)
     return block_r, min(most, 8192 // (block_r * block_d)), max(512 // block_d, min(most, 4096 // block_d))
 
 

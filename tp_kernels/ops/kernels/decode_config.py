@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from tp_kernels.ops._gpu import GpuInfo
+from tp_kernels.ops.kernels.sizes import next_power_of_2
 
 __all__ = [
     "MAX_HEAD_DIM",
@@ -122,4 +123,4 @@ def candidates(info: GpuInfo, dtype: torch.dtype, rows: int, head_dim: int, grou
 
 def power_of_two(n: int) -> int:
     """The next power of two, 16 at least: the smallest operand of a tensor core."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, next_power_of_2(n))

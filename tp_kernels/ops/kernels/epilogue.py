@@ -18,7 +18,7 @@ def silu(x):
 def activate(x, ACTIVATION: tl.constexpr):
     """Apply "silu", "gelu", "gelu_tanh" or "relu"; None is the identity."""
     if ACTIVATION == "silu":
-        x = x * tl.sigmoid(x)
+        x = silu(x)
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":

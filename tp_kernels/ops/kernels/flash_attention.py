@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
 from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
+from tp_kernels.ops.kernels.sizes import cdiv, next_power_of_2
 
 __all__ = [
     "LOG2_E",
@@ -276,7 +277,7 @@ class Config(NamedTuple):
 
 def block_d(head_dim: int) -> int:
     """head_dim as the kernels have it: a power of two, and at least 64 where the tensor cores are real."""
-    return max(16 if INTERPRETED else 64, triton.next_power_of_2(head_dim))
+    return max(16 if INTERPRETED else 64, next_power_of_2(head_dim))
 
 
 def _shared(info: GpuInfo, config: Config, head_dim: int) -> int:
@@ -396,7 +397,7 @@ def flash_forward(
     depth = block_d(head_dim)
     launch(
         _flash_forward,
-        (batch * heads, triton.cdiv(max_q, config.block_m)),
+        (batch * heads, cdiv(max_q, config.block_m)),
         operand(q, config.block_m, depth, tma),
         operand(k, config.block_n, depth, tma),
         operand(v, config.block_n, depth, tma),

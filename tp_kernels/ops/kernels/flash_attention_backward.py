@@ -22,13 +22,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from tp_kernels.ops._gpu import H100, GpuInfo, gpu_of
 from tp_kernels.ops.kernels.flash_attention import LOG2_E, block_d, operand, strides_of, tma_takes
 from tp_kernels.ops.kernels.flash_attention_gradients import PAD, delta_kernel, dkdv_kernel, dq_kernel
 from tp_kernels.ops.kernels.launch import AotCase, launch
+from tp_kernels.ops.kernels.sizes import cdiv
 
 __all__ = ["Config", "aot_cases", "candidates", "default_config", "flash_backward"]
 
@@ -150,8 +150,8 @@ def flash_backward(
     windowed = window is not None and window < max_k
     depth = block_d(head_dim)
     tma = config.tma and info.has_tma and not varlen and tma_takes(q, k, v, grad_out)
-    padded = triton.cdiv(max_q, PAD) * PAD
-    rows_total = triton.cdiv(q.shape[0] + batch * PAD, PAD) * PAD if varlen else batch * padded
+    padded = cdiv(max_q, PAD) * PAD
+    rows_total = cdiv(q.shape[0] + batch * PAD, PAD) * PAD if varlen else batch * padded
     sums2, delta = (torch.empty(heads, rows_total, dtype=torch.float32, device=q.device) for _ in range(2))
     shape: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": depth, "VARLEN": varlen}
     launch(
@@ -180,7 +180,7 @@ def flash_backward(
     shape |= {"CAUSAL": causal, "WINDOW": windowed, "TMA": tma}
     shape["PRECISION"] = "ieee" if q.dtype == torch.float32 else "tf32"
     scales = (scale * LOG2_E, scale, window if windowed else 0)
-    blocks = triton.cdiv(max_k, config.kv_n)
+    blocks = cdiv(max_k, config.kv_n)
     split = batch * kv_heads * blocks < info.num_sms if config.split is None else config.split
     split = split and group > 1
     if split:
@@ -230,7 +230,7 @@ def flash_backward(
         dv.copy_(dv_out.unflatten(1, (kv_heads, group)).sum(2))
     launch(
         dq_kernel,
-        (batch * heads, triton.cdiv(max_q, config.q_m)),
+        (batch * heads, cdiv(max_q, config.q_m)),
         operand(q, config.q_m, depth, tma),
         operand(k, config.q_n, depth, tma),
         operand(v, config.q_n, depth, tma),

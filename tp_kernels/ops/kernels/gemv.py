@@ -36,13 +36,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
 from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
+from tp_kernels.ops.kernels.sizes import next_power_of_2
 from tp_kernels.ops.kernels.skinny_common import (
     check_operands,
     fetch_into_l2,
     fetched_columns,
     finish,
     launch_case,
-    next_power_of_2,
 )
 
 __all__ = ["MAX_ROWS", "Config", "aot_cases", "candidates", "default_config", "gemv"]

@@ -28,18 +28,18 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
+from tp_kernels.ops.kernels.flash_attention import LOG2_E
 from tp_kernels.ops.kernels.gluon_flash_forward import gluon_flash_forward
 from tp_kernels.ops.kernels.gluon_flash_schedule import ROWS, TILE_ROWS
 from tp_kernels.ops.kernels.launch import AotCase, launch
+from tp_kernels.ops.kernels.sizes import cdiv, next_power_of_2
 
 __all__ = [
-    "LOG2_E",
     "Config",
     "aot_cases",
     "candidates",
@@ -51,8 +51,6 @@ __all__ = [
     "strange_layout",
     "unsupported_reason",
 ]
-
-LOG2_E = 1.4426950408889634
 
 
 # Configurations -------------------------------------------------------------------------------------------------------
@@ -79,7 +77,7 @@ class Config(NamedTuple):
 
 def padded_width(head_dim: int) -> int:
     """head_dim as it lies in shared memory: TMA fills up with zeros."""
-    return max(64, triton.next_power_of_2(head_dim))
+    return max(64, next_power_of_2(head_dim))
 
 
 def _shared(config: Config, head_dim: int, own_out: bool) -> int:
@@ -239,7 +237,7 @@ def flash_forward(
     if config is None or _shared(config, head_dim, False) > info.max_shared:
         config = default_config(info, q.dtype, head_dim, max_q, max_k, causal)
     width = padded_width(head_dim)
-    tiles = triton.cdiv(max_q, TILE_ROWS.value)
+    tiles = cdiv(max_q, TILE_ROWS.value)
     section = heads_side_by_side(batch * kv_heads, 4 * max_k * head_dim, config.kv_heads) * (heads // kv_heads)
     total = tiles * batch * heads
     windowed = window is not None and window < max_k

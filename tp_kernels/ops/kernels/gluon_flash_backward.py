@@ -19,19 +19,19 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
 from tp_kernels.ops.kernels import gluon_flash_attention as forward
-from tp_kernels.ops.kernels.flash_attention import strides_of
+from tp_kernels.ops.kernels.flash_attention import LOG2_E, strides_of
 from tp_kernels.ops.kernels.flash_attention_gradients import PAD, delta_kernel
-from tp_kernels.ops.kernels.gluon_flash_attention import LOG2_E, descriptor, heads_side_by_side, padded_width
+from tp_kernels.ops.kernels.gluon_flash_attention import descriptor, heads_side_by_side, padded_width
 from tp_kernels.ops.kernels.gluon_flash_gradients import gluon_dkdv, gluon_dq
 from tp_kernels.ops.kernels.gluon_flash_schedule import ROWS, TILE_ROWS
 from tp_kernels.ops.kernels.launch import AotCase, launch
+from tp_kernels.ops.kernels.sizes import cdiv
 
 __all__ = ["Config", "aot_cases", "candidates", "default_config", "flash_backward", "unsupported_reason"]
 
@@ -155,7 +155,7 @@ def flash_backward(
     batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
     group, width = heads // kv_heads, padded_width(head_dim)
     windowed = window is not None and window < max_k
-    padded = triton.cdiv(max_q, PAD) * PAD
+    padded = cdiv(max_q, PAD) * PAD
     sums2, delta = (torch.empty(heads, batch * padded, dtype=torch.float32, device=q.device) for _ in range(2))
     launch(
         delta_kernel,
@@ -185,7 +185,7 @@ def flash_backward(
     lengths = (max_q, max_k, window if windowed else 0, padded)
     factors = (scale * LOG2_E, scale)
 
-    tiles = triton.cdiv(max_k, TILE_ROWS.value)
+    tiles = cdiv(max_k, TILE_ROWS.value)
     split = batch * kv_heads * tiles < info.num_sms if config.split is None else config.split
     split = split and group > 1
     each = 1 if split else group
@@ -222,7 +222,7 @@ def flash_backward(
         dk.copy_(shares[0].unflatten(1, (kv_heads, group)).sum(2))
         dv.copy_(shares[1].unflatten(1, (kv_heads, group)).sum(2))
 
-    tiles = triton.cdiv(max_q, TILE_ROWS.value)
+    tiles = cdiv(max_q, TILE_ROWS.value)
     launch(
         gluon_dq,
         (tiles * batch * heads,),

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
-__all__ = ["INTERPRETED", "AotCase", "Launch", "launch", "recording"]
+__all__ = ["INTERPRETED", "AotCase", "Launch", "launch", "meta", "recording"]
 
 # Read by Triton when a kernel is decorated, hence fixed for the life of the process.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -55,7 +55,11 @@ class AotCase:
     pdl: bool | None = None
     max_registers: int = 255
     max_spill_bytes: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without memory, for the launches of an ``AotCase``."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 _recorded: list[Launch] | None = None

@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
 from tp_kernels.ops.kernels.epilogue import activate
 from tp_kernels.ops.kernels.launch import AotCase, launch
+from tp_kernels.ops.kernels.sizes import cdiv
 
 __all__ = [
     "Config",
@@ -30,9 +31,9 @@ __all__ = [
     "candidates",
     "check_operands",
     "default_config",
-    "dense_rows",
     "fewest_waves",
     "matmul",
+    "persistent_grid",
     "shared_bytes",
     "tile_of",
     "tma_addressable",
@@ -276,7 +277,7 @@ def fewest_waves(info: GpuInfo, configs: list[Config], m: int, n: int) -> Config
     """The configuration whose waves of tiles over the multiprocessors cost least; the first of equals.
 
     A tile costs its products, or its operands' way from L2 where that takes longer. The balance is put at 128 x 256,
-    the tiles with which 700 TFLOP/s were measured on an H100: 85 products for an element loaded.
+    the tiles with which throw-away kernels did some 700 TFLOP/s on an H100: 85 products for an element loaded.
     """
 
     def cost(config: Config) -> int:
@@ -304,7 +305,7 @@ def default_config(info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, al
         if m <= 64:
             configs = configs[1:]
         elif k <= 2048:
-            # Flattened: 637 against cuBLAS' 616 TFLOP/s at K=1024 (H100), where the epilogue is a large part of a tile.
+            # Flattened, the throw-away kernel did 637 TFLOP/s at K=1024 (cuBLAS 616): the epilogue is much of a tile.
             configs.insert(0, _TMA_LARGE[1])
         else:
             configs.insert(0, _TMA_LARGE[2])
@@ -389,7 +390,7 @@ def matmul(
     if not config.tma:
         launch(
             _matmul_pointers,
-            (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),),
+            (cdiv(m, config.block_m) * cdiv(n, config.block_n),),
             out,
             x,
             weight,
@@ -438,7 +439,7 @@ def matmul(
 
 def persistent_grid(info: GpuInfo, config: Config, m: int, n: int, residual: bool = False) -> int:
     """Blocks to launch: as many as run at once, two on a multiprocessor where both fit, or one a tile."""
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     # Each block takes 1 KiB beside what it asks for, and the multiprocessor has 1 KiB more than one block may take.
     room = (info.max_shared + 1024) // (shared_bytes(config, residual=residual) + 1024)
     return min(tiles, info.num_sms * (2 if room >= 2 and config.num_warps == 4 else 1))

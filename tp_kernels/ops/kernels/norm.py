@@ -16,8 +16,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
-from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
+from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch, meta
 from tp_kernels.ops.kernels.rows import row_starts, rows_of
+from tp_kernels.ops.kernels.sizes import cdiv, next_power_of_2
 
 __all__ = ["ONE_PASS", "Config", "add_rms_norm", "aot_cases", "candidates", "default_config", "rms_norm"]
 
@@ -135,18 +136,18 @@ class Config(NamedTuple):
 
 def default_config(info: GpuInfo, dtype: torch.dtype, m: int, h: int) -> Config:
     """32 elements a thread; narrow rows in tiles of 4096 elements, fewer where that leaves multiprocessors idle."""
-    block_h = triton.next_power_of_2(h)
+    block_h = next_power_of_2(h)
     if block_h > 1024:
         return Config(1, min(max(block_h // 1024, 4), 16))
     block_m = max(min(4096 // block_h, 64), 1)
-    while block_m > 1 and triton.cdiv(m, block_m) < info.num_sms:
+    while block_m > 1 and cdiv(m, block_m) < info.num_sms:
         block_m //= 2
     return Config(block_m, min(max(block_m * block_h // 1024, 1), 4))
 
 
 def candidates(info: GpuInfo, dtype: torch.dtype, m: int, h: int) -> list[Config]:
     """What is worth measuring."""
-    block_h, default = triton.next_power_of_2(h), default_config(info, dtype, m, h)
+    block_h, default = next_power_of_2(h), default_config(info, dtype, m, h)
     if block_h > 1024:
         found = [Config(1, warps) for warps in (2, 4, 8, 16, 32) if 4 <= min(block_h, ONE_PASS) // (32 * warps) <= 64]
     else:
@@ -209,7 +210,7 @@ def _forward(out, summed, x, residual, weight, eps, rstd, config, weight_ready) 
         return
     launch(
         _rms_norm_kernel,
-        (triton.cdiv(rows.count, config.block_m),),
+        (cdiv(rows.count, config.block_m),),
         *tensors,
         rows.count,
         rows.inner,
@@ -217,7 +218,7 @@ def _forward(out, summed, x, residual, weight, eps, rstd, config, weight_ready) 
         float(eps),
         H=h,
         BLOCK_M=config.block_m,
-        BLOCK_H=triton.next_power_of_2(h),
+        BLOCK_H=next_power_of_2(h),
         WEIGHT_FIRST=weight_ready,
         PDL=pdl,
         num_warps=config.num_warps,
@@ -228,20 +229,17 @@ def _forward(out, summed, x, residual, weight, eps, rstd, config, weight_ready) 
 def aot_cases() -> list[AotCase]:
     """Llama sizes, QK-norm on a slice of a qkv row, an odd size, a row beyond one pass."""
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     def forward(m: int, h: int, weight_dtype: torch.dtype = torch.bfloat16, residual: bool = True) -> None:
-        x, weight, rstd = tensor(m, h), tensor(h, dtype=weight_dtype), tensor(m, dtype=torch.float32)
-        out = tensor(m, h, dtype=weight_dtype)
+        x, weight, rstd = meta(m, h), meta(h, dtype=weight_dtype), meta(m, dtype=torch.float32)
+        out = meta(m, h, dtype=weight_dtype)
         if residual:
             add_rms_norm(out, x, x, x, weight, 1e-6, rstd)
         else:
             rms_norm(out, x, weight, 1e-6, weight_ready=True)
 
     def heads() -> None:
-        x = tensor(2, 512, 48 * 128)[..., : 40 * 128].view(2, 512, 40, 128)
-        rms_norm(tensor(2, 512, 40, 128), x, tensor(128), 1e-6, tensor(2 * 512 * 40, dtype=torch.float32))
+        x = meta(2, 512, 48 * 128)[..., : 40 * 128].view(2, 512, 40, 128)
+        rms_norm(meta(2, 512, 40, 128), x, meta(128), 1e-6, meta(2 * 512 * 40, dtype=torch.float32))
 
     return [
         AotCase("rms_norm 1x4096", lambda: forward(1, 4096, residual=False), (90,), pdl=True, max_registers=96),

@@ -17,8 +17,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
-from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
+from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch, meta
 from tp_kernels.ops.kernels.rows import row_starts, rows_of
+from tp_kernels.ops.kernels.sizes import cdiv, next_power_of_2
 
 __all__ = ["Config", "aot_cases", "candidates", "default_config", "rms_norm_backward", "takes"]
 
@@ -152,12 +153,12 @@ class Config(NamedTuple):
 
 def takes(h: int, dtype: torch.dtype) -> bool:
     """Whether rows of ``h`` elements fit the backward kernel; ``dtype`` is the widest of the operands'."""
-    return triton.next_power_of_2(h) * dtype.itemsize <= _ROW_BYTES
+    return next_power_of_2(h) * dtype.itemsize <= _ROW_BYTES
 
 
 def _shared_bytes(config: Config, h: int, itemsize: int, tensors: int) -> int:
     """At most: ``stages - 1`` buffers of every tensor's tile and the weight, or the final sum over a tile's rows."""
-    block_h = triton.next_power_of_2(h)
+    block_h = next_power_of_2(h)
     buffers = (config.stages - 1) * (config.block_m * tensors + 1) * block_h * itemsize
     return max(buffers, 4 * config.block_m * block_h) + 2048
 
@@ -174,7 +175,7 @@ def default_config(info: GpuInfo, dtype: torch.dtype, m: int, h: int, residual: 
         m, h: rows and their length.
         residual: 1 if a gradient of the sum is added in.
     """
-    block_h = triton.next_power_of_2(h)
+    block_h = next_power_of_2(h)
     block_m = max(min(4096 // block_h, 64), 1)
     tile = block_m * block_h
     config = Config(block_m, 16, 1, 3) if tile > 4096 else Config(block_m, max(tile // 512, 1), 2, 3)
@@ -235,7 +236,7 @@ def rms_norm_backward(
         config = default_config(info, widest, rows.count, h, tensors - 2)
     # Registers for as many programs as a multiprocessor is meant to hold; the compiler alone would take a few too many.
     registers = min(65_536 // (32 * config.num_warps * config.programs_per_sm) // 8 * 8, 255)
-    programs = min(config.programs_per_sm * info.num_sms, triton.cdiv(rows.count, config.block_m))
+    programs = min(config.programs_per_sm * info.num_sms, cdiv(rows.count, config.block_m))
     partial = None if dweight is None else torch.empty((programs, h), dtype=torch.float32, device=x.device)
     launch(
         _rms_norm_backward_kernel,
@@ -252,7 +253,7 @@ def rms_norm_backward(
         *strides,
         H=h,
         BLOCK_M=config.block_m,
-        BLOCK_H=triton.next_power_of_2(h),
+        BLOCK_H=next_power_of_2(h),
         STAGES=config.stages,
         PDL=pdl,
         num_warps=config.num_warps,
@@ -261,25 +262,22 @@ def rms_norm_backward(
     )
     if partial is not None:
         options = {"BLOCK_M": 128, "BLOCK_H": 32, "PDL": pdl, "num_warps": 8}
-        launch(_column_sum_kernel, (triton.cdiv(h, 32),), partial, dweight, programs, h, **options, pdl=pdl)
+        launch(_column_sum_kernel, (cdiv(h, 32),), partial, dweight, programs, h, **options, pdl=pdl)
 
 
 def aot_cases() -> list[AotCase]:
     """Llama sizes, rows in registers, fp32, QK-norm on a slice of a qkv row."""
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     def backward(m: int, h: int, sum_grad: bool, dtype: torch.dtype = torch.bfloat16, stages: int = 0) -> None:
-        x, weight, rstd = tensor(m, h, dtype=dtype), tensor(h, dtype=dtype), tensor(m, dtype=torch.float32)
+        x, weight, rstd = meta(m, h, dtype=dtype), meta(h, dtype=dtype), meta(m, dtype=torch.float32)
         config = default_config(gpu_of(x), dtype, m, h, int(sum_grad))
         config = config._replace(stages=stages or config.stages)
         rms_norm_backward(x, weight, x, x, weight, rstd, x if sum_grad else None, config)
 
     def heads() -> None:
-        x = tensor(2, 512, 48 * 128)[..., : 40 * 128].view(2, 512, 40, 128)
-        dx, rstd = tensor(2, 512, 40, 128), tensor(2 * 512 * 40, dtype=torch.float32)
-        rms_norm_backward(dx, tensor(128), dx, x, tensor(128), rstd)
+        x = meta(2, 512, 48 * 128)[..., : 40 * 128].view(2, 512, 40, 128)
+        dx, rstd = meta(2, 512, 40, 128), meta(2 * 512 * 40, dtype=torch.float32)
+        rms_norm_backward(dx, meta(128), dx, x, meta(128), rstd)
 
     return [
         AotCase("rms_norm_backward 8192x4096", lambda: backward(8192, 4096, True), pdl=True, max_registers=128),

@@ -18,8 +18,9 @@ from tp_kernels.ops._gpu import GpuInfo, gpu_of
 from tp_kernels.ops.kernels import rope
 from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
 from tp_kernels.ops.kernels.rope import Config, load_rotation, rotate
+from tp_kernels.ops.kernels.sizes import cdiv, next_power_of_2
 
-__all__ = ["Config", "candidates", "default_config", "qkv_rope"]
+__all__ = ["Config", "aot_cases", "candidates", "default_config", "qkv_rope"]
 
 
 def default_config(info: GpuInfo, dtype: torch.dtype, *, m: int, heads: int, kv_heads: int, head_dim: int) -> Config:
@@ -227,7 +228,7 @@ def qkv_rope(
     rows = batch * tokens
     if config is None:
         config = default_config(info, qkv.dtype, m=rows, heads=heads, kv_heads=kv_heads, head_dim=dim)
-    groups = triton.cdiv(heads, config.block_h) + 2 * triton.cdiv(kv_heads, config.block_h)
+    groups = cdiv(heads, config.block_h) + 2 * cdiv(kv_heads, config.block_h)
     page_size, capacity, pages_b = 0, k_cache.shape[2], 0
     if page_table is not None:
         page_size, pages_b = k_cache.shape[2], page_table.stride(0)
@@ -235,7 +236,7 @@ def qkv_rope(
     pdl = info.has_pdl and not INTERPRETED
     launch(
         _qkv_rope_kernel,
-        (groups * triton.cdiv(rows, config.block_t),),
+        (groups * cdiv(rows, config.block_t),),
         q_out,
         k_cache,
         v_cache,
@@ -270,7 +271,7 @@ def qkv_rope(
         KV_HEADS=kv_heads,
         D=dim,
         PAGE_SIZE=page_size,
-        HALF_BLOCK=triton.next_power_of_2(dim // 2),
+        HALF_BLOCK=next_power_of_2(dim // 2),
         BLOCK_T=config.block_t,
         BLOCK_H=config.block_h,
         PDL=pdl,

@@ -17,8 +17,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
 from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
+from tp_kernels.ops.kernels.sizes import cdiv, next_power_of_2
 
-__all__ = ["Config", "candidates", "default_config", "rope"]
+__all__ = ["Config", "aot_cases", "candidates", "default_config", "load_rotation", "rope", "rotate"]
 
 # Two loads of each half for each of 128 threads: 64-72 registers, so about 30 warps of a multiprocessor load at once.
 MAX_VECTORS = 256
@@ -46,11 +47,11 @@ def default_config(
         parts: 2 for q and k, 3 when v has programs too.
     """
     block_h = 4 if kv_heads >= 4 else 2
-    groups = triton.cdiv(heads, block_h) + (parts - 1) * triton.cdiv(kv_heads, block_h)
+    groups = cdiv(heads, block_h) + (parts - 1) * cdiv(kv_heads, block_h)
     block_t = 1
     while (
         _vectors(2 * block_t * block_h, head_dim, dtype) <= MAX_VECTORS
-        and triton.cdiv(m, 2 * block_t) * groups >= info.num_sms
+        and cdiv(m, 2 * block_t) * groups >= info.num_sms
     ):
         block_t *= 2
     return Config(block_t, block_h, _warps(block_t * block_h, head_dim, dtype))
@@ -58,7 +59,7 @@ def default_config(
 
 def _vectors(rows: int, head_dim: int, dtype: torch.dtype) -> int:
     """16-byte loads of one half of ``rows`` heads."""
-    return rows * triton.next_power_of_2(head_dim // 2) * dtype.itemsize // 16
+    return rows * next_power_of_2(head_dim // 2) * dtype.itemsize // 16
 
 
 def _warps(rows: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -225,12 +226,12 @@ def rope(
     rows = batch * tokens
     if config is None:
         config = default_config(info, q.dtype, m=rows, heads=heads, kv_heads=kv_heads, head_dim=dim)
-    groups = triton.cdiv(heads, config.block_h) + triton.cdiv(kv_heads, config.block_h)
+    groups = cdiv(heads, config.block_h) + cdiv(kv_heads, config.block_h)
     cos_b, sin_b = (x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0 for x in (cos, sin))
     pdl = info.has_pdl and not INTERPRETED
     launch(
         _rope_kernel,
-        (groups * triton.cdiv(rows, config.block_t),),
+        (groups * cdiv(rows, config.block_t),),
         q_out,
         k_out,
         q,
@@ -253,7 +254,7 @@ def rope(
         KV_HEADS=kv_heads,
         D=dim,
         INVERSE=inverse,
-        HALF_BLOCK=triton.next_power_of_2(dim // 2),
+        HALF_BLOCK=next_power_of_2(dim // 2),
         BLOCK_T=config.block_t,
         BLOCK_H=config.block_h,
         PDL=pdl,

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
-from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
+from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch, meta
 
 __all__ = [
     "Config",
@@ -253,9 +253,6 @@ def silu_mul_backward(
 
 def aot_cases() -> list[AotCase]:
     """A training shape, both directions, and one decode row."""
-
-    def meta(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
     def forward(m: int, n: int) -> None:
         silu_mul_forward(meta(m, n), meta(m, 2 * n))

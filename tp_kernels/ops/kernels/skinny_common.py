@@ -13,7 +13,7 @@ from torch import Tensor
 from tp_kernels.ops.kernels.epilogue import activate, silu
 from tp_kernels.ops.kernels.launch import AotCase
 
-__all__ = ["check_operands", "fetch_into_l2", "fetched_columns", "finish", "launch_case", "next_power_of_2"]
+__all__ = ["check_operands", "fetch_into_l2", "fetched_columns", "finish", "launch_case"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = (None, "silu", "gelu", "gelu_tanh", "relu")
@@ -55,11 +55,6 @@ def finish(gate, up, residual, GATES: tl.constexpr, ACTIVATION: tl.constexpr):
     """``silu(gate) * up``, or ``activation(gate)`` where there is one gate; plus the residual."""
     y = silu(gate) * up if GATES == 2 else activate(gate, ACTIVATION)
     return y + residual
-
-
-def next_power_of_2(value: int) -> int:
-    """The smallest power of two that is at least ``value``; 1 for 0."""
-    return 1 << max(value - 1, 0).bit_length()
 
 
 def fetched_columns(weight: Tensor, tile: int, columns: int, threads: int) -> int:

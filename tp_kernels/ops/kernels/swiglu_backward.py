@@ -25,20 +25,11 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tp_kernels.ops._gpu import A100, H100, GpuInfo, gpu_of
-from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
+from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch, meta
+from tp_kernels.ops.kernels.matmul import tile_of, tma_addressable
 from tp_kernels.ops.kernels.silu_mul import rows_of, swiglu_gradients
 
 __all__ = ["Config", "aot_cases", "candidates", "default_config", "dswiglu_matmul"]
-
-
-@triton.jit
-def _tile_at(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of a tile: GROUP_M rows of tiles are walked column by column, so that both operands stay in L2."""
-    per_group = GROUP_M * tiles_n
-    first = tile // per_group * GROUP_M
-    rows = tl.minimum(tiles_m - first, GROUP_M)
-    within = tile % per_group
-    return first + within % rows, within // rows
 
 
 @triton.jit
@@ -109,7 +100,7 @@ def _tma_tile(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_at(tile, tiles_m, tiles_n, GROUP_M)
+    tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
     row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in tl.range(0, tl.cdiv(k, BLOCK_K)):
@@ -209,7 +200,7 @@ def _pointer_kernel(
 ):
     if PDL:
         gdc_wait()
-    tile_m, tile_n = _tile_at(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     col = tile_n * BLOCK_N
     cols = col + tl.arange(0, BLOCK_N)
@@ -334,15 +325,6 @@ def candidates(info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int) -> lis
     return list(dict.fromkeys(fitting))
 
 
-def _for_tma(*tensors: Tensor | None) -> bool:
-    """Whether elements are 16-bit, and rows 16-byte aligned and a positive multiple of 16 bytes apart."""
-    return all(
-        t is None
-        or (t.dtype.itemsize == 2 and t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(0) >= t.size(1))
-        for t in tensors
-    )
-
-
 def dswiglu_matmul(
     grad_gate_up: Tensor,
     hidden: Tensor | None,
@@ -369,7 +351,7 @@ def dswiglu_matmul(
     if m == 0 or n == 0:
         return
     info, dtype = gpu_of(grad_y), grad_y.dtype
-    tma = info.has_tma and n % 8 == 0 and k > 0 and _for_tma(grad_y, w_down, gate_up, grad_gate_up, hidden)
+    tma = info.has_tma and n % 8 == 0 and k > 0 and tma_addressable(grad_y, w_down, gate_up, grad_gate_up, hidden)
     if config is None:
         config = default_config(info, dtype, m, n, k, tma)
     elif config.tma and not tma:
@@ -437,9 +419,6 @@ def aot_cases() -> list[AotCase]:
     """The kinds of candidates at Llama-3-8B's sizes, and the pointers on both generations."""
 
     def run(config: Config | None, m: int = 4096, n: int = 14336, k: int = 4096) -> None:
-        def meta(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
         dswiglu_matmul(meta(m, 2 * n), meta(m, n), meta(m, k), meta(k, n), meta(m, 2 * n), config)
 
     kinds = {c._replace(group_m=8, num_stages=0): c for c in candidates(H100, torch.bfloat16, 4096, 14336, 4096)}

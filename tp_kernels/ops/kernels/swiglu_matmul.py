@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tp_kernels.ops._gpu import GpuInfo, gpu_of
 from tp_kernels.ops.kernels.epilogue import silu
-from tp_kernels.ops.kernels.launch import AotCase, launch
+from tp_kernels.ops.kernels.launch import AotCase, launch, meta
 from tp_kernels.ops.kernels.matmul import (
     Config,
     check_operands,
@@ -33,6 +33,7 @@ from tp_kernels.ops.kernels.matmul import (
     tile_of,
     tma_addressable,
 )
+from tp_kernels.ops.kernels.sizes import cdiv
 
 __all__ = ["Config", "aot_cases", "candidates", "default_config", "swiglu_matmul"]
 
@@ -252,7 +253,7 @@ def swiglu_matmul(
             config = config._replace(block_n=config.block_n // 2)  # with 128 accumulators a thread it spilled (sm_80)
         launch(
             _swiglu_pointers,
-            (triton.cdiv(m, config.block_m) * triton.cdiv(2 * n, config.block_n),),
+            (cdiv(m, config.block_m) * cdiv(2 * n, config.block_n),),
             out,
             x,
             w_gate_up,
@@ -306,11 +307,8 @@ def _case(
     name: str, m: int, n: int, k: int, config: Config | None = None, bias: bool = False, save: bool = False, **expected
 ) -> AotCase:
     def call() -> None:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device="meta", dtype=torch.bfloat16)
-
-        extra = empty(2 * n) if bias else None, empty(m, 2 * n) if save else None
-        swiglu_matmul(empty(m, n), empty(m, k), empty(2 * n, k), *extra, config)
+        extra = meta(2 * n) if bias else None, meta(m, 2 * n) if save else None
+        swiglu_matmul(meta(m, n), meta(m, k), meta(2 * n, k), *extra, config)
 
     return AotCase(f"swiglu_matmul {name}", call, **expected)
 
