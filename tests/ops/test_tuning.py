@@ -121,6 +121,21 @@ def test_tuner_takes_the_fastest_right_configuration(tables):
         Table(tables / "h100.json", A100.name)
 
 
+def test_the_figure_of_a_path_is_that_of_its_faster_configuration():
+    calls = []
+
+    def run(config, x):
+        calls.append(config["steady"])
+        first = calls.count(False) == 1  # fast while candidates are compared, slow in the final round
+        time.sleep(0.01 if config["steady"] else 0.0 if first else 0.1)
+        return x * 2
+
+    case = made_up_case({"own": Own(run, [{"steady": False}, {"steady": True}])}, slow)
+    path, config, us = tune_case(case, "cpu", time.monotonic() + 60)
+    assert path == "own" and config == {"steady": True}
+    assert us["own"] < us["torch"] < us["own (2nd)"]
+
+
 def test_tuner_keeps_pytorch_where_it_is_faster_and_stops_in_time():
     case = made_up_case({"own": Own(lambda config, x: slow(x), [{}])}, lambda x: x * 2)
     path, config, us = tune_case(case, "cpu", time.monotonic() + 60)
