@@ -7,22 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tp_kernels import ops
 from tp_kernels.layers.base import TensorParallelLayer, check_input
 from tp_kernels.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from tp_kernels.ops._activation import activate
 from tp_kernels.ops._gpu import on_gpu
 from tp_kernels.ops._library import needs_grad
 
 __all__ = ["ParallelMLP"]
 
 # "silu" takes the fused kernel; the others are the plain gated forms.
-_GATES = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+_GATES = ("silu", "gelu", "gelu_tanh")
 
 
 class ParallelMLP(TensorParallelLayer):
@@ -92,7 +88,7 @@ class ParallelMLP(TensorParallelLayer):
             hidden = ops.swiglu_linear(x, gate_up.weight, gate_up.bias, group=group)
         else:
             gate, up = gate_up.project(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
-            hidden = _GATES[self.activation](gate) * up
+            hidden = activate(gate, self.activation) * up
         return self.down_proj(hidden) if reduce_results else self.down_proj.partial_sum(hidden)
 
     def _gated(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +97,7 @@ class ParallelMLP(TensorParallelLayer):
         if self.activation == "silu":
             return ops.swiglu_linear(x, gate_up.weight, gate_up.bias)
         gate, up = ops.linear(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
-        return _GATES[self.activation](gate) * up
+        return activate(gate, self.activation) * up
 
     def _trains_fused(self, x: torch.Tensor) -> bool:
         """Whether the fused MLP takes over the down projection's matmul: for its backward, on GPUs.

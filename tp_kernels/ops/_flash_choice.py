@@ -14,7 +14,7 @@ from tp_kernels.ops._flash_reference import Form
 from tp_kernels.ops._gpu import gpu_of, kernels_reason
 from tp_kernels.ops._library import PLAIN_TYPES
 
-__all__ = ["choose", "choose_backward", "entries", "fits", "gluon_module", "sdpa_takes", "unfit_reason"]
+__all__ = ["choose", "choose_backward", "fits", "gluon_module", "sdpa_takes", "unfit_reason"]
 
 _HALF = frozenset((torch.bfloat16, torch.float16))
 _OWN = ("gluon", "triton")
@@ -77,14 +77,12 @@ def _gluon_takes(q: Tensor, k: Tensor, v: Tensor, form: Form, backward: bool) ->
     return module.unsupported_reason(*call) is None
 
 
-def entries(q: Tensor, form: Form) -> tuple[tuning.Entry | None, tuning.Entry | None]:
-    """What was measured nearby, forward and backward."""
+def _measured(op: str, q: Tensor, form: Form) -> tuning.Entry | None:
+    """What was measured nearby of "flash_attention" or "flash_attention_backward"."""
     batch = q.shape[0] if form.cu_q is None else form.cu_q.shape[0] - 1
     sizes = {"d": q.shape[-1], "q": form.max_q, "k": form.max_k, "heads": batch * q.shape[1]}
     sizes["causal"] = int(form.causal)
-    info = gpu_of(q)
-    forward = tuning.lookup("flash_attention", info, q.dtype, **sizes)
-    return forward, tuning.lookup("flash_attention_backward", info, q.dtype, **sizes)
+    return tuning.lookup(op, gpu_of(q), q.dtype, **sizes)
 
 
 def _own(
@@ -106,7 +104,8 @@ def _fastest(entry: tuning.Entry) -> str:
 
 def choose_backward(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuning.Choice:
     """Which of our backward kernels follows our forward; the operands passed ``unfit_reason``."""
-    return _own(entries(q, form)[1], q, k, v, form, "the forward pass was ours", backward=True)
+    entry = _measured("flash_attention_backward", q, form)
+    return _own(entry, q, k, v, form, "the forward pass was ours", backward=True)
 
 
 def choose(
@@ -116,9 +115,10 @@ def choose(
     reason = unfit_reason(q, k, v, form.scale)
     if reason is not None:
         return tuning.Choice("torch", reason)
-    entry, backward = entries(q, form)
+    entry = _measured("flash_attention", q, form)
     if not sdpa_takes(q, k, form, needs_lse):
         return _own(entry, q, k, v, form, "PyTorch would need a mask tensor, or has no lse to give")
+    backward = _measured("flash_attention_backward", q, form) if training else None
     if entry is None or (training and backward is None):
         return tuning.Choice("torch", f"not measured on {gpu_of(q).name}; PyTorch has flash kernels for plain calls")
     if not training:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ __all__ = [
     "on_gpu",
     "pretend",
     "takes_kernels",
+    "under_autocast",
 ]
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -114,14 +116,7 @@ def on_gpu(x: Tensor) -> bool:
 
 def takes_kernels(x: Tensor) -> bool:
     """Whether GPU kernels may be launched on ``x``: a plain tensor on a GPU that Triton knows, outside functorch."""
-    if not on_gpu(x):
-        return False
-    return type(x) in PLAIN_TYPES and not _functorch_active() and _supported(gpu_of(x))
-
-
-@lru_cache(maxsize=64)
-def _supported(info: GpuInfo) -> bool:
-    return _unsupported_reason(info) is None
+    return kernels_reason(x) is None
 
 
 @lru_cache(maxsize=64)
@@ -159,3 +154,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The operands in autocast's dtype for the first of them; unchanged outside autocast."""
+    dtype = autocast_dtype(x)
+    tensors = (x, *others)
+    return tensors if dtype is None else tuple(None if t is None else t.to(dtype) for t in tensors)

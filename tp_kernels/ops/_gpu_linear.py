@@ -5,26 +5,26 @@ Paths, each with ``activation(x @ weight.T + bias) + residual`` or ``silu(gate) 
     gemv      up to 8 rows of x: the weights are streamed through fp32 multiply-adds (``kernels.gemv``)
     skinny    up to 64 rows: the weights are the long side of the tensor core's tile (``kernels.skinny``)
     triton    any number of rows (``kernels.matmul``, ``kernels.swiglu_matmul``)
-    torch     cuBLAS, with what PyTorch makes of the rest; for ``swiglu_linear`` followed by ``kernels.silu_mul``
+    torch     cuBLAS, with what PyTorch makes of the rest; for ``swiglu_linear`` followed by ``silu_mul``
 
 A GEMM of our own is taken only where a tuning table says that it was measured to be faster. fp32 is cuBLAS's always.
 A decode step comes here some 200 times a token without a CUDA graph, so everything that depends on shapes alone is one
-cached :class:`_Plan`, and what depends on the tensors is bare comparisons.
+cached :class:`Plan`, and what depends on the tensors is bare comparisons.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tp_kernels.ops._activation import activate
-from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, kernels_reason
+from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, kernels_reason, under_autocast
 from tp_kernels.ops._library import PLAIN_TYPES, needs_grad, new_like
-from tp_kernels.ops.tuning import Choice, cached_decision, lookup
+from tp_kernels.ops.tuning import Choice, Plan, cached_decision, lookup
 
 __all__ = [
     "choose_linear",
@@ -42,18 +42,9 @@ _16_BIT = (torch.bfloat16, torch.float16)
 _grad_enabled = torch.is_grad_enabled
 
 
-class _Plan(NamedTuple):
-    """A decision: ``launch`` and ``config`` are None for the path "torch"."""
-
-    path: str
-    reason: str
-    launch: Callable[..., None] | None = None
-    config: Any = None
-
-
 @cached_decision
-def _plan(op: str, info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, saved: bool) -> _Plan:
-    """The path for x [m, k] and n columns of the result, whatever the tensors.
+def _plan(op: str, info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, saved: bool) -> Plan:
+    """The path for x [m, k] and n columns of the result, whatever the tensors; no ``launch`` is the path "torch".
 
     Args:
         op: "linear", "linear_residual" or "swiglu_linear".
@@ -61,35 +52,35 @@ def _plan(op: str, info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, sa
         saved: ``swiglu_linear`` must keep gate and up.
     """
     if dtype not in _16_BIT:
-        return _Plan("torch", f"{dtype}: our GEMMs are for 16-bit operands")
+        return Plan("torch", f"{dtype}: our GEMMs are for 16-bit operands")
     if m == 0 or n == 0 or k == 0:
-        return _Plan("torch", "an operand is empty")
+        return Plan("torch", "an operand is empty")
     entry = lookup(op, info, dtype, m=m, n=n, k=k)
     if entry is None and op == "linear_residual":
         entry = lookup("linear", info, dtype, m=m, n=n, k=k)
     if entry is None:
-        return _Plan("torch", f"not measured on {info.name}; cuBLAS is the safe choice for a GEMM")
-    path, reason = entry.path, f"{entry.figures()} ({entry.source})"
+        return Plan("torch", f"not measured on {info.name}; cuBLAS is the safe choice for a GEMM")
+    path, reason = entry.path, entry.reason()
     if path == "torch":
-        return _Plan(path, reason)
+        return Plan(path, reason)
     if m > _MOST_ROWS.get(path, m):
-        return _Plan("torch", f"{path} takes up to {_MOST_ROWS[path]} rows, not {m}; nearest measurement: {reason}")
+        return Plan("torch", f"{path} takes up to {_MOST_ROWS[path]} rows, not {m}; nearest measurement: {reason}")
     if saved and path != "triton":
-        return _Plan("torch", f"{path} keeps no gate and up for the backward pass; nearest measurement: {reason}")
+        return Plan("torch", f"{path} keeps no gate and up for the backward pass; nearest measurement: {reason}")
     if n % 8 or k % 8:
-        return _Plan("torch", f"rows of {n} and {k} elements are not multiples of 16 bytes")
+        return Plan("torch", f"rows of {n} and {k} elements are not multiples of 16 bytes")
     if path != "triton" and k % 16:
         # Triton's launcher knows of divisibility by 16 elements only; without it the loads of these kernels are scalar.
-        return _Plan("torch", f"{path} takes rows of a multiple of 16 elements, not {k}; nearest measurement: {reason}")
+        return Plan("torch", f"{path} takes rows of a multiple of 16 elements, not {k}; nearest measurement: {reason}")
     try:
         launch, config, module = _launcher(op, path, entry.config)
     except (KeyError, TypeError):
-        return _Plan("torch", f"{path} with {entry.config} is of another version of this package; tune again")
+        return Plan("torch", f"{path} with {entry.config} is of another version of this package; tune again")
     if config is not None and path != "triton":
         # It was measured for as little as half the rows, of which the kernels keep tiles.
         needed = module.shared_bytes(config, m, op == "swiglu_linear", dtype.itemsize)
         config = config if needed <= info.max_shared else None
-    return _Plan(path, reason, launch, config)
+    return Plan(path, reason, config, launch)
 
 
 def _launcher(op: str, path: str, config: dict[str, Any]) -> tuple[Callable[..., None], Any, Any]:
@@ -126,7 +117,7 @@ def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
 
 def _decide(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, saved: bool = False
-) -> _Plan:
+) -> Plan:
     """The plan for operands of one dtype, of which x may be taken by kernels."""
     n, k = weight.shape
     if op == "swiglu_linear":
@@ -135,19 +126,8 @@ def _decide(
     if plan.launch is not None:
         obstacle = _obstacle(x, weight, bias, residual)
         if obstacle is not None:
-            return _Plan("torch", obstacle)
+            return Plan("torch", obstacle)
     return plan
-
-
-def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Any, ...]:
-    return tensors if dtype is None else tuple(None if t is None else t.to(dtype) for t in tensors)
-
-
-def _choice(reason: str | None, decide: Callable[[], _Plan]) -> Choice:
-    if reason is not None:
-        return Choice("torch", reason)
-    plan = decide()
-    return Choice(plan.path, plan.reason, {} if plan.config is None else plan.config._asdict())
 
 
 def choose_linear(
@@ -167,8 +147,9 @@ def choose_linear(
         widened = dtype is not None and residual.dtype is not dtype
         if widened or (activation is not None and needs_grad(x, weight, bias, residual)):
             op, residual = "linear", None  # it is added afterwards
-    (x,) = _cast(dtype, x)
-    return _choice(kernels_reason(x), lambda: _decide(op, x, weight, bias, residual))
+    (x,) = under_autocast(x)
+    reason = kernels_reason(x)
+    return _decide(op, x, weight, bias, residual).choice() if reason is None else Choice("torch", reason)
 
 
 def choose_swiglu_linear(
@@ -180,8 +161,11 @@ def choose_swiglu_linear(
         x, w_gate_up, bias: as for the op.
         save_gate_up: whether gate and up must be kept for a backward pass.
     """
-    x, w_gate_up, bias = _cast(autocast_dtype(x), x, w_gate_up, bias)
-    return _choice(kernels_reason(x), lambda: _decide("swiglu_linear", x, w_gate_up, bias, None, save_gate_up))
+    x, w_gate_up, bias = under_autocast(x, w_gate_up, bias)
+    reason = kernels_reason(x)
+    if reason is not None:
+        return Choice("torch", reason)
+    return _decide("swiglu_linear", x, w_gate_up, bias, None, save_gate_up).choice()
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
@@ -212,15 +196,13 @@ def gpu_linear(
 
     ``out``: contiguous, where the result goes (not under autocast); None allocates.
     """
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight, bias, residual = _cast(dtype, x, weight, bias, residual)
+    x, weight, bias, residual = under_autocast(x, weight, bias, residual)
     plan = _decide("linear" if residual is None else "linear_residual", x, weight, bias, residual)
     return _run_linear(plan, x, weight, bias, residual, activation, _settled(weight), out)
 
 
 def _run_linear(
-    plan: _Plan,
+    plan: Plan,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -291,17 +273,17 @@ def gpu_swiglu_linear(
     Returns:
         The result [..., I], and gate and up [..., 2 * I] if they were to be kept, else None.
     """
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, w_gate_up, bias = _cast(dtype, x, w_gate_up, bias)
+    x, w_gate_up, bias = under_autocast(x, w_gate_up, bias)
     plan = _decide("swiglu_linear", x, w_gate_up, bias, None, save_gate_up)
+    if plan.launch is None:
+        # Imported here because that module builds on this one.
+        from tp_kernels.ops.swiglu import gpu_silu_mul
+
+        gate_up = F.linear(x, w_gate_up, bias)
+        return gpu_silu_mul(gate_up), gate_up if save_gate_up else None
     double, k = w_gate_up.shape
     n = double // 2
     out = new_like(x, n)
-    if plan.launch is None:
-        gate_up = F.linear(x, w_gate_up, bias)
-        _silu_mul(out, gate_up)
-        return out, gate_up if save_gate_up else None
     if bias is not None:
         bias = bias.contiguous()
     gate_up = new_like(x, double) if save_gate_up else None
@@ -314,16 +296,6 @@ def gpu_swiglu_linear(
     return out, gate_up
 
 
-def _silu_mul(out: Tensor, gate_up: Tensor) -> None:
-    if out.dtype in _16_BIT or out.dtype is torch.float32:
-        from tp_kernels.ops.kernels.silu_mul import silu_mul_forward
-
-        silu_mul_forward(out, gate_up)
-    else:
-        gate, up = gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), up, out=out)
-
-
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +304,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: _Plan, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+        ctx: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _run_linear(plan, x, weight, bias, residual, None, False)

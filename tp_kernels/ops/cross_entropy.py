@@ -150,14 +150,10 @@ def choose_cross_entropy(
 ) -> tuning.Choice:
     """Which GPU path ``cross_entropy`` takes for these arguments ("triton" or "torch"), and why."""
     reason, entry = _decide("cross_entropy", logits, targets)
-    if entry is not None:
-        measured = f"measured on {entry.source}: {entry.figures()}"
-        return (
-            tuning.Choice("torch", measured) if reason is not None else tuning.Choice("triton", measured, entry.config)
-        )
-    if reason is not None:
+    if reason is not None and entry is None:
         return tuning.Choice("torch", reason)
-    return tuning.Choice("triton", f"not measured on {gpu_of(logits).name}; one read of the logits, no fp32 copy")
+    unmeasured = f"not measured on {gpu_of(logits).name}; one read of the logits, no fp32 copy"
+    return tuning.choose_measured(entry, unmeasured)
 
 
 def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

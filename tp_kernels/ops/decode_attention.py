@@ -28,7 +28,7 @@ from tp_kernels.ops._gpu import autocast_dtype, gpu_of, kernels_reason, on_gpu, 
 from tp_kernels.ops._library import CPU_DTYPES, define_op, needs_grad, plain_cpu, plain_reason, watched
 from tp_kernels.ops.attention import allowed_mask, check_attention, plain_attention
 from tp_kernels.ops.kernels import decode_config
-from tp_kernels.ops.tuning import Choice, Entry, configuration, lookup
+from tp_kernels.ops.tuning import Choice, Entry, choose_measured, configuration, lookup
 
 __all__ = ["choose_decode_attention", "decode_attention", "decode_attention_reference"]
 
@@ -270,24 +270,11 @@ def choose_decode_attention(
     if reason is not None:
         return Choice("torch", reason)
     entry, capacity = _measured(q, k_cache, sliding_window, page_table)
-    if entry is not None:
-        reason = f"{entry.figures()} ({entry.source})"
-        return Choice("triton", reason, entry.config) if entry.path == "triton" else Choice("torch", reason)
-    reason = (
+    unmeasured = (
         f"not measured on {gpu_of(q).name}; PyTorch's attention would need a mask tensor for rows of different length, "
         f"and would read all {capacity} positions of every row"
     )
-    return Choice("triton", reason)
-
-
-def _config(
-    q: Tensor, k_cache: Tensor, sliding_window: int | None, page_table: Tensor | None
-) -> decode_config.Config | str | None:
-    """A measured configuration or "torch"; None for the kernel's default. What ``choose_decode_attention`` says."""
-    entry, _ = _measured(q, k_cache, sliding_window, page_table)
-    if entry is not None and entry.path != "triton":
-        return "torch"
-    return configuration(entry, decode_config.Config)
+    return choose_measured(entry, unmeasured)
 
 
 def _decode_impl(
@@ -310,10 +297,11 @@ def _decode_impl(
         return torch.empty_like(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if takes_kernels(q) and _kernel_reason(q, k_cache, v_cache, page_table) is None:
-        config = _config(q, k_cache, sliding_window, page_table)
-        if not isinstance(config, str):
+        entry, _ = _measured(q, k_cache, sliding_window, page_table)
+        if entry is None or entry.path == "triton":
             from tp_kernels.ops.kernels import decode_attention as kernels
 
+            config = configuration(entry, decode_config.Config)
             return kernels.decode_attention(q, k_cache, v_cache, lengths, scale, sliding_window, page_table, config)
     if page_table is not None:
         k_cache, v_cache = gather_pages(k_cache, v_cache, lengths, page_table, q.shape[2])

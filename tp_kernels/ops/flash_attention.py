@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from tp_kernels.ops import tuning
 from tp_kernels.ops._flash_choice import choose, choose_backward, fits, gluon_module, sdpa_takes, unfit_reason
 from tp_kernels.ops._flash_reference import Form, composition, reference, reference_gradients, varlen_reference
-from tp_kernels.ops._gpu import autocast_dtype, on_gpu
+from tp_kernels.ops._gpu import on_gpu, under_autocast
 from tp_kernels.ops._library import PLAIN_TYPES, define_op, needs_grad, watched
 from tp_kernels.ops.attention import check_attention
 
@@ -93,7 +93,7 @@ def choose_flash_attention(
 ) -> tuning.Choice:
     """Which GPU path ``flash_attention`` takes for these arguments ("gluon", "triton" or "torch"), and why."""
     form = Form(None, None, q.shape[2], k.shape[2], causal, sliding_window, _scale(q, scale))
-    return choose(*_cast(q, k, v), form, needs_lse=return_lse, training=needs_grad(q, k, v))
+    return choose(*under_autocast(q, k, v), form, needs_lse=return_lse, training=needs_grad(q, k, v))
 
 
 def choose_flash_attention_varlen(
@@ -113,7 +113,7 @@ def choose_flash_attention_varlen(
     """Which GPU path ``flash_attention_varlen`` takes for these arguments, and why."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     form = Form(*lengths, causal, sliding_window, _scale(q, scale))
-    return choose(*_cast(q, k, v), form, needs_lse=return_lse, training=needs_grad(q, k, v))
+    return choose(*under_autocast(q, k, v), form, needs_lse=return_lse, training=needs_grad(q, k, v))
 
 
 def _check_varlen(
@@ -138,11 +138,6 @@ def _check_varlen(
 
 
 # Launches -------------------------------------------------------------------------------------------------------------
-
-
-def _cast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = None if q.is_meta else autocast_dtype(q)  # autocast knows no meta device
-    return (q, k, v) if dtype is None else (q.to(dtype), k.to(dtype), v.to(dtype))
 
 
 def _new_like(x: Tensor, varlen: bool) -> Tensor:
@@ -378,7 +373,7 @@ def flash_attention(
     """
     check_attention(q, k, v, sliding_window)
     form = Form(None, None, q.shape[2], k.shape[2], causal, sliding_window, _scale(q, scale))
-    return _run(*_cast(q, k, v), form, return_lse)
+    return _run(*under_autocast(q, k, v), form, return_lse)
 
 
 def flash_attention_varlen(
@@ -417,4 +412,4 @@ def flash_attention_varlen(
     """
     _check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sliding_window)
     offsets = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
-    return _run(*_cast(q, k, v), Form(*offsets, causal, sliding_window, _scale(q, scale)), return_lse)
+    return _run(*under_autocast(q, k, v), Form(*offsets, causal, sliding_window, _scale(q, scale)), return_lse)

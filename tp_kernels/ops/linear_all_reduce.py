@@ -44,7 +44,7 @@ from tp_kernels.comm.overlap import (
 )
 from tp_kernels.comm.process_group import resolve_group
 from tp_kernels.comm.tp_group import TPGroup
-from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, on_gpu
+from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, on_gpu, under_autocast
 from tp_kernels.ops._gpu_linear import matmul_by_rows
 from tp_kernels.ops._library import PLAIN_TYPES, needs_grad, watched
 from tp_kernels.ops.linear import check_linear, linear
@@ -348,9 +348,7 @@ def linear_all_reduce(
     if type(group) is not TPGroup:
         group = resolve_group(group)
     _check(x, weight, bias, residual, norm_weight, overlap)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = under_autocast(x, weight)
     bounds, overlapped = _schedule(x, weight, group, overlap, chunks, in_features)
     pieces = group.world_size > 1 and len(bounds) > 1
     records = needs_grad(x, weight, bias, residual, norm_weight)

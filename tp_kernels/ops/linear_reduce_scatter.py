@@ -24,7 +24,7 @@ from tp_kernels.comm.communicator import Communicator, Handle
 from tp_kernels.comm.functional import gather_from_sequence_parallel, reduce_scatter_to_sequence_parallel
 from tp_kernels.comm.process_group import resolve_group
 from tp_kernels.comm.tp_group import TPGroup
-from tp_kernels.ops._gpu import autocast_dtype
+from tp_kernels.ops._gpu import under_autocast
 from tp_kernels.ops._library import needs_grad
 from tp_kernels.ops.linear import check_linear, linear
 
@@ -134,9 +134,7 @@ def linear_reduce_scatter(
     chunks = chunks or (2 if overlap == "chunked" else 1)
     if chunks == 1 or group.world_size == 1 or x.numel() == 0:
         return reduce_scatter_to_sequence_parallel(linear(x, weight), group, _SEQUENCE_DIM, sizes)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = under_autocast(x, weight)
     if needs_grad(x, weight):
         return _LinearReduceScatter.apply(x, weight, group, sizes, chunks, overlap == "chunked")
     return _run(x, weight, sizes, chunks, group.communicator, overlap == "chunked")

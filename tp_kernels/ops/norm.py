@@ -101,17 +101,16 @@ def _native_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 def native_norm_reason(x: Tensor, *others: Tensor) -> str | None:
     """Why ``rms_norm(x, weight)`` or ``add_rms_norm(x, residual, weight)`` would not take the native CPU path."""
-    tensors = [t for t in others if isinstance(t, Tensor)]
-    reason = plain_reason(x, *tensors)
+    reason = plain_reason(x, *others)
     if reason is not None:
         return reason
-    if any(type(t) not in PLAIN_TYPES for t in tensors):
+    if any(type(t) not in PLAIN_TYPES for t in others):
         return "an operand is a tensor subclass"
-    if any(t.dtype != x.dtype for t in tensors):
+    if any(t.dtype != x.dtype for t in others):
         return "the dtypes differ"
     if x.shape[-1] == 0:
         return "the last dimension is empty"
-    if tensors and not tensors[-1].is_contiguous():
+    if not others[-1].is_contiguous():
         return "the weight is not contiguous"
     return None
 
@@ -156,15 +155,10 @@ def _decide(
 
 def _choose(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuning.Choice:
     reason, entry = _decide(x, residual, weight, needs_grad(x, residual, weight))
-    if entry is not None:
-        measured = f"measured on {entry.source}: {entry.figures()}"
-        return (
-            tuning.Choice("torch", measured) if reason is not None else tuning.Choice("triton", measured, entry.config)
-        )
-    if reason is not None:
+    if reason is not None and entry is None:
         return tuning.Choice("torch", reason)
     passes = "several" if residual is None else "the addition's and the norm's"
-    return tuning.Choice("triton", f"not measured on {gpu_of(x).name}; one pass instead of {passes} in PyTorch")
+    return tuning.choose_measured(entry, f"not measured on {gpu_of(x).name}; one pass instead of {passes} in PyTorch")
 
 
 def choose_rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuning.Choice:
@@ -412,7 +406,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         result = _native_norm(x, None, weight, eps)
         if result is not None:
             return result[0]
-    elif takes_kernels(x):
+    elif on_gpu(x):
         _check(x, None, weight)
         grad = needs_grad(x, weight)
         reason, entry = _decide(x, None, weight, grad)
@@ -450,7 +444,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
         result = _native_norm(x, residual, weight, eps)
         if result is not None:
             return result
-    elif takes_kernels(x):
+    elif on_gpu(x):
         _check(x, residual, weight)
         grad = needs_grad(x, residual, weight)
         reason, entry = _decide(x, residual, weight, grad)

@@ -23,7 +23,7 @@ from tp_kernels.ops._library import CPU_DTYPES, define_op, needs_grad, plain_cpu
 from tp_kernels.ops._qkv_checks import MAX_HEAD_DIM, check_operands, check_ranges, gpu_qkv_reason, native_qkv_reason
 from tp_kernels.ops.norm import rms_norm_reference
 from tp_kernels.ops.rope import apply_rope_reference
-from tp_kernels.ops.tuning import Choice, Entry, configuration, lookup
+from tp_kernels.ops.tuning import Choice, Entry, choose_measured, configuration, lookup
 
 __all__ = ["choose_qkv_rope_cache", "native_qkv_reason", "qkv_rope_cache", "qkv_rope_cache_reference"]
 
@@ -227,10 +227,8 @@ def choose_qkv_rope_cache(
     if reason is not None:
         return Choice("torch", reason)
     entry = _measured(qkv, num_heads, num_kv_heads)
-    if entry is None:
-        return Choice("triton", f"not measured on {gpu_of(qkv).name}; one launch and one pass instead of about twenty")
-    reason = f"{entry.figures()} ({entry.source})"
-    return Choice("triton", reason, entry.config) if entry.path == "triton" else Choice("torch", reason)
+    unmeasured = f"not measured on {gpu_of(qkv).name}; one launch and one pass instead of about twenty"
+    return choose_measured(entry, unmeasured)
 
 
 def _gpu_qkv(

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from tp_kernels.ops._gpu import gpu_of, kernels_reason, on_gpu
 from tp_kernels.ops._library import PLAIN_TYPES, define_op, needs_grad, watched
-from tp_kernels.ops.tuning import Choice, Entry, configuration, lookup
+from tp_kernels.ops.tuning import Choice, Entry, choose_measured, configuration, lookup
 
 __all__ = ["apply_rope", "apply_rope_reference", "choose_apply_rope"]
 
@@ -71,29 +71,23 @@ def _gpu_reason(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str | None:
     return None
 
 
-def _measured(q: Tensor, k: Tensor, inverse: bool = False) -> Entry | None:
+def _decide(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[str | None, Entry | None]:
+    """(why the kernel does not run, or None; the measurement that decided, or None if there is none)."""
+    reason = _gpu_reason(q, k, cos, sin)
+    if reason is not None:
+        return reason, None
     batch, heads, tokens, dim = q.shape
     op = "rope_backward" if inverse else "rope"
-    return lookup(op, gpu_of(q), q.dtype, m=batch * tokens, heads=heads, kv_heads=k.shape[1], head_dim=dim)
-
-
-def _takes_kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> bool:
-    if _gpu_reason(q, k, cos, sin) is not None:
-        return False
-    entry = _measured(q, k, inverse)
-    return entry is None or entry.path == "triton"
+    entry = lookup(op, gpu_of(q), q.dtype, m=batch * tokens, heads=heads, kv_heads=k.shape[1], head_dim=dim)
+    return "it was measured to be slower" if entry is not None and entry.path != "triton" else None, entry
 
 
 def choose_apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Choice:
     """Which path a call on a GPU takes, "triton" or "torch", and why; without regard to a gradient."""
-    reason = _gpu_reason(q, k, cos, sin)
-    if reason is not None:
+    reason, entry = _decide(q, k, cos, sin)
+    if reason is not None and entry is None:
         return Choice("torch", reason)
-    entry = _measured(q, k)
-    if entry is None:
-        return Choice("triton", f"not measured on {gpu_of(q).name}; one launch and one pass instead of several")
-    reason = f"{entry.figures()} ({entry.source})"
-    return Choice("triton", reason, entry.config) if entry.path == "triton" else Choice("torch", reason)
+    return choose_measured(entry, f"not measured on {gpu_of(q).name}; one launch and one pass instead of several")
 
 
 def _empty_rotated(x: Tensor, token_major: bool) -> Tensor:
@@ -109,15 +103,15 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     """Rotate (back) in the promised memory order, by the path that ``choose_apply_rope`` names."""
     outs = _empty_rotated(q, token_major), _empty_rotated(k, token_major)
-    if not _takes_kernel(q, k, cos, sin, inverse):
+    reason, entry = _decide(q, k, cos, sin, inverse)
+    if reason is not None:
         for out, x in zip(outs, apply_rope_reference(q, k, cos, -sin if inverse else sin), strict=True):
             out.copy_(x)
         return outs
     from tp_kernels.ops.kernels import rope
 
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
-    config = configuration(_measured(q, k, inverse), rope.Config)
-    rope.rope(*outs, q, k, cos, sin, inverse=inverse, config=config)
+    rope.rope(*outs, q, k, cos, sin, inverse=inverse, config=configuration(entry, rope.Config))
     return outs
 
 
@@ -179,7 +173,7 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
         )
     if on_gpu(q) and _plain_shapes(q, k, cos, sin):
         traced = watched()
-        if traced or _takes_kernel(q, k, cos, sin):
+        if traced or _decide(q, k, cos, sin)[0] is None:
             token_major = not q.is_contiguous()
             if needs_grad(q, k):
                 if traced:  # Dynamo refuses one tensor in two places

@@ -15,7 +15,7 @@ gradient to come either also stores ``gate_up``, from which the backward starts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,16 @@ from tp_kernels._native import native
 from tp_kernels.comm.functional import copy_to_tensor_parallel
 from tp_kernels.comm.overlap import offers_overlap
 from tp_kernels.comm.tp_group import TPGroup
-from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, kernels_reason, on_gpu, takes_kernels
+from tp_kernels.ops._gpu import (
+    GpuInfo,
+    autocast_dtype,
+    gpu_of,
+    kernels_reason,
+    on_gpu,
+    takes_kernels,
+    under_autocast,
+)
+from tp_kernels.ops._gpu_linear import gpu_swiglu_linear
 from tp_kernels.ops._library import (
     CPU_DTYPES,
     PLAIN_TYPES,
@@ -38,7 +47,7 @@ from tp_kernels.ops._library import (
     watched,
 )
 from tp_kernels.ops.linear import check_linear, native_linear
-from tp_kernels.ops.tuning import Choice, cached_decision, lookup
+from tp_kernels.ops.tuning import Choice, Plan, cached_decision, lookup
 
 __all__ = ["choose_silu_mul", "silu_mul", "silu_mul_reference", "swiglu_linear", "swiglu_linear_reference"]
 
@@ -84,34 +93,26 @@ def native_silu_mul_reason(gate_up: Tensor) -> str | None:
     return reason
 
 
-class _Plan(NamedTuple):
-    """A decision: "triton" with the kernel's configuration (None: its default), or "torch"."""
-
-    path: str
-    reason: str
-    config: Any = None
-
-
 @cached_decision
-def _plan(op: str, info: GpuInfo, dtype: torch.dtype, m: int, n: int) -> _Plan:
-    """The path of "silu_mul" or "silu_mul_backward" for ``m`` rows of width ``n``."""
+def _plan(op: str, info: GpuInfo, dtype: torch.dtype, m: int, n: int) -> Plan:
+    """The path of "silu_mul" or "silu_mul_backward", "triton" or "torch", for ``m`` rows of width ``n``."""
     if dtype not in CPU_DTYPES:
-        return _Plan("torch", f"{dtype} has no kernel")
+        return Plan("torch", f"{dtype} has no kernel")
     entry = lookup(op, info, dtype, m=m, n=n)
     if entry is None:
-        return _Plan("triton", f"not measured on {info.name}; one pass over memory instead of PyTorch's several")
-    reason = f"{entry.figures()} ({entry.source})"
+        return Plan("triton", f"not measured on {info.name}; one pass over memory instead of PyTorch's several")
+    reason = entry.reason()
     if entry.path != "triton":
-        return _Plan("torch", reason)
+        return Plan("torch", reason)
     from tp_kernels.ops.kernels.silu_mul import Config
 
     try:
-        return _Plan("triton", reason, Config(**entry.config) if entry.config else None)
+        return Plan("triton", reason, Config(**entry.config) if entry.config else None)
     except TypeError:
-        return _Plan("triton", f"{reason}; the table's configuration is of another version: default; tune again")
+        return Plan("triton", f"{reason}; the table's configuration is of another version: default; tune again")
 
 
-def _decide(op: str, gate_up: Tensor) -> _Plan:
+def _decide(op: str, gate_up: Tensor) -> Plan:
     """The plan for a tensor that kernels may take."""
     double = gate_up.shape[-1]
     return _plan(op, gpu_of(gate_up), gate_up.dtype, gate_up.numel() // double if double else 0, double // 2)
@@ -120,11 +121,11 @@ def _decide(op: str, gate_up: Tensor) -> _Plan:
 def choose_silu_mul(gate_up: Tensor) -> Choice:
     """Which GPU path ``silu_mul(gate_up)`` takes, "triton" or "torch", and why."""
     reason = kernels_reason(gate_up)
-    plan = _Plan("torch", reason) if reason is not None else _decide("silu_mul", gate_up)
-    return Choice(plan.path, plan.reason, {} if plan.config is None else plan.config._asdict())
+    return _decide("silu_mul", gate_up).choice() if reason is None else Choice("torch", reason)
 
 
-def _gpu_silu_mul(gate_up: Tensor) -> Tensor:
+def gpu_silu_mul(gate_up: Tensor) -> Tensor:
+    """``silu_mul`` on a GPU without recording a gradient; ``takes_kernels(gate_up)`` holds."""
     plan = _decide("silu_mul", gate_up)
     if plan.path != "triton":
         return silu_mul_reference(gate_up).contiguous()
@@ -166,7 +167,7 @@ def _silu_mul_impl(gate_up: Tensor) -> Tensor:
     if out is not None:
         return out
     _check_silu_mul(gate_up)
-    return _gpu_silu_mul(gate_up) if takes_kernels(gate_up) else silu_mul_reference(gate_up)
+    return gpu_silu_mul(gate_up) if takes_kernels(gate_up) else silu_mul_reference(gate_up)
 
 
 def _silu_mul_fake(gate_up: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return _SILU_MUL_OP(gate_up) if watched() else _gpu_silu_mul(gate_up)
+        return _SILU_MUL_OP(gate_up) if watched() else gpu_silu_mul(gate_up)
 
     @staticmethod
     @once_differentiable
@@ -222,7 +223,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         if watched():
             return _SiluMul.apply(gate_up)
         if takes_kernels(gate_up):
-            return _SiluMul.apply(gate_up) if needs_grad(gate_up) else _gpu_silu_mul(gate_up)
+            return _SiluMul.apply(gate_up) if needs_grad(gate_up) else gpu_silu_mul(gate_up)
     return silu_mul_reference(gate_up)
 
 
@@ -233,7 +234,7 @@ def _swiglu_linear_impl(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None
             return out
     check_linear(x, w_gate_up, bias, None, None, True)
     if takes_kernels(x):
-        return _gpu_forward(x, w_gate_up, bias, False)[0]
+        return gpu_swiglu_linear(x, w_gate_up, bias, False)[0]
     return _silu_mul_impl(F.linear(x, w_gate_up, bias))
 
 
@@ -247,17 +248,10 @@ _SWIGLU_OP = define_op(
 )
 
 
-def _gpu_forward(x: Tensor, w_gate_up: Tensor, bias: Tensor | None, save_gate_up: bool) -> tuple[Tensor, Tensor | None]:
-    """(result, ``gate_up`` for the backward or None); operands of one dtype that kernels may take."""
-    from tp_kernels.ops._gpu_linear import gpu_swiglu_linear
-
-    return gpu_swiglu_linear(x, w_gate_up, bias, save_gate_up)
-
-
 def _forward_impl(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     check_linear(x, w_gate_up, bias, None, None, True)
     if takes_kernels(x):
-        return _gpu_forward(x, w_gate_up, bias, True)
+        return gpu_swiglu_linear(x, w_gate_up, bias, True)
     gate_up = F.linear(x, w_gate_up, bias)
     return _silu_mul_impl(gate_up), gate_up
 
@@ -278,7 +272,7 @@ def swiglu_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(result, ``gate_up`` or None) on GPUs, for autograd functions: through an op where something watches."""
     if not watched():
-        return _gpu_forward(x, w_gate_up, bias, save_gate_up)
+        return gpu_swiglu_linear(x, w_gate_up, bias, save_gate_up)
     return _FORWARD_OP(x, w_gate_up, bias) if save_gate_up else (_SWIGLU_OP(x, w_gate_up, bias), None)
 
 
@@ -338,12 +332,6 @@ class _SwigluLinear(torch.autograd.Function):
         return (*grads, None)
 
 
-def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The operands in autocast's dtype for the first of them; unchanged outside autocast."""
-    dtype = autocast_dtype(tensors[0])
-    return tensors if dtype is None else tuple(None if t is None else t.to(dtype) for t in tensors)
-
-
 def _swiglu_linear_gpu(x: Tensor, w_gate_up: Tensor, bias: Tensor | None, group: TPGroup | None) -> Tensor:
     x, w_gate_up, bias = under_autocast(x, w_gate_up, bias)
     if watched():
@@ -354,7 +342,7 @@ def _swiglu_linear_gpu(x: Tensor, w_gate_up: Tensor, bias: Tensor | None, group:
         return silu_mul(F.linear(x, w_gate_up, bias))
     if needs_grad(x, w_gate_up, bias):
         return _SwigluLinear.apply(x, w_gate_up, bias, group)
-    return _gpu_forward(x, w_gate_up, bias, False)[0]
+    return gpu_swiglu_linear(x, w_gate_up, bias, False)[0]
 
 
 def swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, group: TPGroup | None = None) -> Tensor:

@@ -14,7 +14,7 @@ cuBLAS, then ``silu_mul``'s backward) or in the epilogue of the matmul with ``w_
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tp_kernels.comm.tp_group import TPGroup
-from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, kernels_reason, on_gpu, takes_kernels
+from tp_kernels.ops._gpu import (
+    GpuInfo,
+    autocast_dtype,
+    gpu_of,
+    kernels_reason,
+    on_gpu,
+    takes_kernels,
+    under_autocast,
+)
 from tp_kernels.ops._library import PLAIN_TYPES, define_op, needs_grad, new_like, watched
 from tp_kernels.ops.linear import check_linear, linear
 from tp_kernels.ops.swiglu import (
@@ -34,9 +42,8 @@ from tp_kernels.ops.swiglu import (
     swiglu_forward,
     swiglu_linear,
     swiglu_linear_reference,
-    under_autocast,
 )
-from tp_kernels.ops.tuning import Choice, cached_decision, lookup
+from tp_kernels.ops.tuning import Choice, Plan, cached_decision, lookup
 
 __all__ = ["choose_swiglu_backward", "swiglu_mlp", "swiglu_mlp_reference"]
 
@@ -61,32 +68,24 @@ def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor, bias_gate_up: Tensor | 
         raise ValueError(f"w_down is {w_down.dtype}, x is {x.dtype}")
 
 
-class _Plan(NamedTuple):
-    """A decision: "triton" with the kernel's configuration (None: its default), or "torch"."""
-
-    path: str
-    reason: str
-    config: Any = None
-
-
 @cached_decision
-def _plan(info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int) -> _Plan:
+def _plan(info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int) -> Plan:
     """How the backward passes the gate for ``m`` tokens, width I = ``n`` and ``k`` columns of the result."""
     if dtype not in _16_BIT:
-        return _Plan("torch", f"{dtype}: the fused kernel is for 16-bit operands")
+        return Plan("torch", f"{dtype}: the fused kernel is for 16-bit operands")
     entry = lookup("swiglu_backward", info, dtype, m=m, n=n, k=k)
     if entry is None:
         reason = f"not measured on {info.name}; cuBLAS and an elementwise kernel are the safe choice for a matmul"
-        return _Plan("torch", reason)
-    reason = f"{entry.figures()} ({entry.source})"
+        return Plan("torch", reason)
+    reason = entry.reason()
     if entry.path != "triton":
-        return _Plan("torch", reason)
+        return Plan("torch", reason)
     from tp_kernels.ops.kernels.swiglu_backward import Config
 
     try:
-        return _Plan("triton", reason, Config(**entry.config) if entry.config else None)
+        return Plan("triton", reason, Config(**entry.config) if entry.config else None)
     except TypeError:
-        return _Plan("torch", f"triton with {entry.config} is of another version of this package; tune again")
+        return Plan("torch", f"triton with {entry.config} is of another version of this package; tune again")
 
 
 def choose_swiglu_backward(
@@ -102,8 +101,7 @@ def choose_swiglu_backward(
         return Choice("torch", reason)
     dtype = autocast_dtype(x) or x.dtype
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    plan = _plan(gpu_of(x), dtype, rows, w_down.shape[1], w_down.shape[0])
-    return Choice(plan.path, plan.reason, {} if plan.config is None else plan.config._asdict())
+    return _plan(gpu_of(x), dtype, rows, w_down.shape[1], w_down.shape[0]).choice()
 
 
 def _gate_up_gradient(

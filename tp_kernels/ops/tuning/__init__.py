@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,9 @@ __all__ = [
     "REACH",
     "Choice",
     "Entry",
+    "Plan",
     "cached_decision",
+    "choose_measured",
     "configuration",
     "dtype_class",
     "fingerprint",
@@ -59,6 +61,10 @@ class Entry:
         """The measurement in words, fastest first."""
         return ", ".join(f"{name} {us:.1f} us" for name, us in sorted(self.us.items(), key=lambda item: item[1]))
 
+    def reason(self) -> str:
+        """The measurement, and where it comes from: why it decides."""
+        return f"{self.figures()} ({self.source})"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -67,6 +73,25 @@ class Choice:
     path: str
     reason: str
     config: dict[str, Any] = field(default_factory=dict)
+
+
+class Plan(NamedTuple):
+    """A choice with what an op needs to carry it out, for ``cached_decision``.
+
+    Attributes:
+        path, reason: as of a ``Choice``.
+        config: the kernel's ``Config``; None for its default.
+        launch: the kernel's launcher, where the path does not say which.
+    """
+
+    path: str
+    reason: str
+    config: Any = None
+    launch: Callable[..., None] | None = None
+
+    def choice(self) -> Choice:
+        """The same for ``ops.explain``."""
+        return Choice(self.path, self.reason, {} if self.config is None else self.config._asdict())
 
 
 def dtype_class(dtype: torch.dtype) -> str:
@@ -125,6 +150,13 @@ def configuration(entry: Entry | Choice | None, kind: Callable[..., Any]) -> Any
         return kind(**entry.config)
     except TypeError:
         return None
+
+
+def choose_measured(entry: Entry | None, unmeasured: str) -> Choice:
+    """What an op with one kernel of its own takes, "triton" or "torch"; the kernel where nothing was measured."""
+    if entry is None:
+        return Choice("triton", unmeasured)
+    return Choice("triton", entry.reason(), entry.config) if entry.path == "triton" else Choice("torch", entry.reason())
 
 
 _decisions: list[Any] = []
