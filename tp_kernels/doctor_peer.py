@@ -132,9 +132,7 @@ def _on_rank(group: Any) -> dict[str, Any]:
 
     native, device, rank, world = _native.native, group.device, group.rank, group.world_size
     result: dict[str, Any] = {"gpu": "@".join(gpu_identity(device)), "runs": [], "waited_for": None, "error": ""}
-    ranks_here = one_gpu.ranks_on_this_gpu()
-    blocks = one_gpu.max_blocks(one_gpu.sm_share(device), ranks_here, one_gpu.has_mps(), ranks_here > 1)
-    blocks = int(group.all_gather(torch.tensor([blocks])).min())
+    blocks = int(group.all_gather(torch.tensor([one_gpu.own_max_blocks(device)])).min())
     store = dist.PrefixStore("doctor_peer", dist.distributed_c10d._get_default_store())
     half_bytes = native.cuda_peer_check_half_bytes(world, max(_SIZES))
     with torch.cuda.device(device):

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONTROL", "MpsDaemon", "end_daemon", "find_control", "sms_seen_by_a_client"]
+__all__ = ["CONTROL", "MpsDaemon", "find_control", "sms_seen_by_a_client"]
 
 CONTROL = "nvidia-cuda-mps-control"
 _DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"  # where clients look when CUDA_MPS_PIPE_DIRECTORY is not set
@@ -144,7 +144,7 @@ class MpsDaemon:
         finally:
             keeper.stdout.close()
         if folder.exists():  # someone killed the keeper
-            end_daemon(folder, shutil.which(CONTROL), self._end_timeout)
+            _end_daemon(folder, shutil.which(CONTROL), self._end_timeout)
 
     def __enter__(self) -> MpsDaemon:
         return self.start()
@@ -181,7 +181,7 @@ def _ask(control: str, command: str, environment: Mapping[str, str], seconds: fl
     return done.stdout if done.returncode == 0 else None
 
 
-def end_daemon(folder: Path, control: str | None, seconds: float) -> None:
+def _end_daemon(folder: Path, control: str | None, seconds: float) -> None:
     """End the daemon that lives in ``folder``, and its server: ``quit``, then SIGTERM, then SIGKILL; remove the folder.
 
     ``quit`` waits for clients, which are about to be dead here: whatever it has not done after ``seconds`` is done by
@@ -244,7 +244,7 @@ def _keep(order: Mapping[str, Any]) -> None:
         while not select.select([0], [], [], 0.5)[0] and os.getppid() == order["owner"]:
             pass
     finally:
-        end_daemon(folder, control, order["end_timeout"])
+        _end_daemon(folder, control, order["end_timeout"])
 
 
 def _start_daemon(folder: Path, control: str, seconds: float) -> str:

@@ -25,6 +25,7 @@ __all__ = [
     "has_mps",
     "local_device",
     "max_blocks",
+    "own_max_blocks",
     "pick_device",
     "rank_environment",
     "ranks_on_this_gpu",
@@ -42,7 +43,7 @@ MPS = "TP_KERNELS_ONE_GPU_MPS"
 
 def ranks_on_this_gpu() -> int:
     """How many ranks of this job share this process's GPU by design (``launch --one-gpu``); 1 otherwise."""
-    return int(os.environ.get(ONE_GPU) or 1)
+    return max(1, int(os.environ.get(ONE_GPU) or 1))
 
 
 def has_mps() -> bool:
@@ -102,6 +103,12 @@ def max_blocks(num_sms: int, world_size: int, mps: bool, one_gpu: bool) -> int:
     if num_sms < 1 or world_size < 1:
         raise ValueError(f"max_blocks: expected at least one SM and one rank, got {num_sms} and {world_size}")
     return max(1, num_sms // world_size) if one_gpu and not mps else num_sms
+
+
+def own_max_blocks(device: int | str | torch.device | None = None) -> int:
+    """``max_blocks`` of this rank on its device."""
+    ranks = ranks_on_this_gpu()
+    return max_blocks(sm_share(device), ranks, has_mps(), ranks > 1)
 
 
 # For those who start ranks -------------------------------------------------------------------------------------------

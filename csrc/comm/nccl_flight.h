@@ -15,7 +15,6 @@
 namespace tpk::nccl {
 
 enum class Operation : int { kAllReduce, kReduceScatter, kAllGather, kBroadcast, kBarrier, kReplay, kCreate };
-constexpr int kNumOperations = 7;
 const char* name_of(Operation operation);
 
 // An operation in flight; times in nanoseconds of a steady clock. Without a token it is still being enqueued.

@@ -127,11 +127,6 @@ Status load_library(const std::string& hint, const Library** library) {
   return Status::Ok();
 }
 
-const Library* loaded_library() {
-  const std::lock_guard lock(mutex);
-  return current;
-}
-
 std::vector<std::string> mapped_libraries() {
   std::ifstream maps("/proc/self/maps");
   std::set<std::string> identities;

@@ -24,9 +24,6 @@ struct Library {
 // kept.
 Status load_library(const std::string& hint, const Library** library);
 
-// The one that was loaded, or nullptr.
-const Library* loaded_library();
-
 // Files libnccl.so* mapped into this process, each once: more than one copy corrupts both.
 std::vector<std::string> mapped_libraries();
 

@@ -7,9 +7,8 @@
 // Workspace of one communicator, on every rank at the same offsets from its base (all multiples of kAlignment):
 //
 //   half 0 | half 1      half_bytes each. Staging areas of the kernels, used in turn.
-//   registered area      belongs to the caller: inputs there are read in place by all ranks, outputs there are written
-//   by
-//                        all ranks. The same tensor must lie at the same offset on every rank.
+//   registered area      belongs to the caller: all ranks read inputs there in place, and write outputs there.
+//                        The same tensor must lie at the same offset on every rank.
 //   Flags                kFlagBytes, zero at first
 //   Lamport buffers      kLamportBuffers x world x kLamportBytes, every 32-bit word kEmptyWord at first
 //

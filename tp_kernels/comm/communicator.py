@@ -181,6 +181,36 @@ def check_root(src: int, world_size: int) -> None:
         raise ValueError(f"broadcast: src must be a group rank in [0, {world_size}), got {src}")
 
 
+def check_timeout(timeout: float) -> None:
+    """ValueError unless ``timeout`` is seconds that a call can wait."""
+    if not 0 < timeout < 1e9:
+        raise ValueError(f"timeout must be positive seconds below 1e9, got {timeout!r}")
+
+
+def check_dim(x: torch.Tensor, dim: int, operation: str) -> int:
+    """``dim`` counted from the front; ValueError unless ``x`` has it."""
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{operation}: dim {dim} is out of range for a tensor of shape {tuple(x.shape)}")
+    return dim % x.dim()
+
+
+def gathered_sizes(
+    extent: int, sizes: Sequence[int] | None, rank: int, world_size: int, operation: str = "all_gather"
+) -> list[int]:
+    """Extents per rank of what is gathered, ``extent`` being this rank's; all equal when ``sizes`` is None.
+
+    Raises:
+        ValueError: ``sizes`` are not one extent per rank, or not this rank's.
+    """
+    if sizes is None:
+        return [extent] * world_size
+    if len(sizes) != world_size or min(sizes) < 0 or sizes[rank] != extent:
+        raise ValueError(
+            f"{operation}: sizes must be {world_size} extents with {extent} at rank {rank}, got {list(sizes)}"
+        )
+    return list(sizes)
+
+
 def resolve_sizes(total: int, sizes: Sequence[int] | None, world_size: int, operation: str) -> list[int]:
     """Extents per rank that sum to ``total``; equal ones when ``sizes`` is None. ValueError otherwise."""
     if sizes is None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from tp_kernels.comm.communicator import resolve_sizes
+from tp_kernels.comm.communicator import gathered_sizes, resolve_sizes
 from tp_kernels.comm.process_group import resolve_group
 from tp_kernels.comm.tp_group import TPGroup
 
@@ -155,14 +155,7 @@ def reduce_scatter_to_sequence_parallel(
 
 
 def _extents(x: torch.Tensor, group: TPGroup, dim: int, sizes: Sequence[int] | None) -> list[int]:
-    if sizes is None:
-        return [x.shape[dim]] * group.world_size
-    if len(sizes) != group.world_size or sizes[group.rank] != x.shape[dim]:
-        raise ValueError(
-            f"gather: sizes must be {group.world_size} extents with {x.shape[dim]} at rank {group.rank}, "
-            f"got {list(sizes)}"
-        )
-    return list(sizes)
+    return gathered_sizes(x.shape[dim], sizes, group.rank, group.world_size, "gather")
 
 
 def _own_slice(x: torch.Tensor, group: TPGroup, dim: int, sizes: Sequence[int]) -> torch.Tensor:

@@ -23,8 +23,10 @@ from tp_kernels.comm.communicator import (
     DEFAULT_TIMEOUT,
     Communicator,
     Numerics,
+    check_dim,
     check_reduce_op,
     check_root,
+    gathered_sizes,
     resolve_sizes,
 )
 from tp_kernels.comm.errors import CommMismatchError
@@ -114,7 +116,7 @@ class GlooCommunicator(Communicator):
     def reduce_scatter(self, x, op="sum", *, dim=0, sizes=None, timeout=None):
         check_reduce_op(op)
         _check_tensor(x, "reduce_scatter")
-        dim = _check_dim(x, dim, "reduce_scatter")
+        dim = check_dim(x, dim, "reduce_scatter")
         sizes = resolve_sizes(x.shape[dim], sizes, self.world_size, "reduce_scatter")
         parts = _host(x).split(sizes, dim)
         slices = [part.reshape(-1) for part in parts]
@@ -132,14 +134,8 @@ class GlooCommunicator(Communicator):
 
     def all_gather(self, x, *, dim=0, sizes=None, timeout=None):
         _check_tensor(x, "all_gather")
-        dim = _check_dim(x, dim, "all_gather")
-        if sizes is None:
-            sizes = [x.shape[dim]] * self.world_size
-        elif len(sizes) != self.world_size or min(sizes) < 0 or sizes[self.rank] != x.shape[dim]:
-            raise ValueError(
-                f"all_gather: sizes must be {self.world_size} extents with {x.shape[dim]} at rank {self.rank}, "
-                f"got {list(sizes)}"
-            )
+        dim = check_dim(x, dim, "all_gather")
+        sizes = gathered_sizes(x.shape[dim], sizes, self.rank, self.world_size)
         row = x.numel() // x.shape[dim] if x.shape[dim] else _product(x.shape, dim)
         # What must agree is the whole result, not the ranks' own parts.
         flat, counts = _host(x).reshape(-1), [row * size for size in sizes]
@@ -310,12 +306,6 @@ def _check_tensor(x: torch.Tensor, operation: str) -> None:
         raise ValueError(f"{operation}: unsupported dtype {x.dtype}; expected one of {', '.join(DTYPE_CODES)}")
     if x.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{operation}: expected a CPU or CUDA tensor, got one on {x.device}")
-
-
-def _check_dim(x: torch.Tensor, dim: int, operation: str) -> int:
-    if not -x.ndim <= dim < x.ndim:
-        raise ValueError(f"{operation}: dim {dim} is out of range for a tensor of shape {tuple(x.shape)}")
-    return dim % x.ndim
 
 
 def _describe_header(header: torch.Tensor) -> str:

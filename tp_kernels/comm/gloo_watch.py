@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 
 from tp_kernels.comm import rendezvous
 from tp_kernels.comm.errors import CommAbortedError, CommTimeoutError, PeerDiedError
-from tp_kernels.comm.policy import RankFacts
+from tp_kernels.comm.processes import is_running, local_pids, process_facts
 
 __all__ = ["Call", "Watch", "limited"]
 
@@ -55,12 +54,8 @@ class Watch:
         self._group, self._rank, self._world_size, self._store = group, rank, world_size, store
         self._sequence = 0
         self.broken: str | None = None
-        mine = {"domain": RankFacts.here("cpu", "gloo", False).domain, "pid": os.getpid()}
-        everyone = rendezvous.exchange(store, rank, world_size, mine, timeout, group=group, what="create")
-        # Only processes of this host can be looked at.
-        self._local_pids = {
-            r: facts["pid"] for r, facts in enumerate(everyone) if facts["domain"] == mine["domain"] and r != rank
-        }
+        everyone = rendezvous.exchange(store, rank, world_size, process_facts(), timeout, group=group, what="create")
+        self._local_pids = local_pids(everyone, rank)
 
     def begin(self, operation: str, limit: float) -> Call:
         """The next call, with a deadline in seconds.
@@ -168,7 +163,7 @@ class Watch:
         return int(self._store.get(key)) if self._store.check([key]) else 0
 
     def _dead(self) -> list[int]:
-        return [r for r, pid in self._local_pids.items() if not _is_running(pid)]
+        return [r for r, pid in self._local_pids.items() if not is_running(pid)]
 
     def _note_of_failure(self) -> dict[str, Any] | None:
         try:
@@ -185,14 +180,3 @@ def limited(options: Any, call: Call) -> Any:
 
 def _error_of(kind: str) -> type[CommTimeoutError]:
     return CommTimeoutError if kind == "timeout" else PeerDiedError
-
-
-def _is_running(pid: int) -> bool:
-    """False once the process ended, zombies included."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True

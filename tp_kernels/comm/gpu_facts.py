@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from tp_kernels import one_gpu
+from tp_kernels._native import build_info
+from tp_kernels.comm.nccl_library import nccl_library_info
 from tp_kernels.comm.peer_verdicts import driver_version, read_verdicts
+from tp_kernels.comm.symmetric_workspace import unavailable_reason
 
 __all__ = ["GpuFacts", "gpu_identity"]
 
@@ -82,7 +85,7 @@ class GpuFacts:
             driver=driver,
             reaches=tuple(reaches),
             sees=tuple(sees.values()),
-            symm_problem=_symm_problem(device),
+            symm_problem=unavailable_reason(device),
             symm_unwanted=_symm_unwanted(),
             nccl_version=nccl_version,
             nccl_problem=nccl_problem,
@@ -106,12 +109,6 @@ def gpu_identity(device: torch.device) -> tuple[str, str]:
     return str(found.uuid), f"{domain:04x}:{bus:02x}:{slot:02x}"
 
 
-def _symm_problem(device: torch.device) -> str:
-    from tp_kernels.comm.symmetric_workspace import unavailable_reason
-
-    return unavailable_reason(device)
-
-
 def _symm_unwanted() -> str:
     # Set by people whose GPUs reach each other's memory wrongly; what is bad for NCCL's copies is so for kernels.
     refused = os.environ.get("NCCL_P2P_DISABLE") == "1" and one_gpu.ranks_on_this_gpu() == 1
@@ -120,9 +117,6 @@ def _symm_unwanted() -> str:
 
 def _nccl() -> tuple[int, str]:
     """(version, why it cannot be used): the native core's CUDA part, then the library."""
-    from tp_kernels._native import build_info
-    from tp_kernels.comm.nccl_library import nccl_library_info
-
     build = build_info()
     if not build["has_cuda"]:
         return 0, f"the native core's CUDA part was {build['cuda']}"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from tp_kernels.comm import rendezvous
 from tp_kernels.comm.communicator import Communicator
+from tp_kernels.comm.errors import CommTimeoutError
 from tp_kernels.comm.gpu_facts import GpuFacts
 from tp_kernels.comm.paths import PathTable, default_table, table_file
 from tp_kernels.comm.policy import (
@@ -101,7 +102,7 @@ def create_gpu_communicator(
         return _routed(members, choice, facts, rank, name, store, timeout), choice
     except BaseException:
         for communicator in made.values():
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the error at hand is the one to tell
                 communicator.close()
         raise
 
@@ -121,7 +122,7 @@ def _make_together(
     if not failures:
         return ""
     if path in made:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # why it cannot be used is known already
             made.pop(path).close()
     # A rank that waited in vain tells less than the one it waited for.
     first, theirs = min(failures, key=lambda failure: failure[1]["late"])
@@ -129,9 +130,7 @@ def _make_together(
 
 
 def _is_timeout(error: Exception | None) -> bool:
-    return isinstance(error, (TimeoutError, dist.DistError)) or any(
-        base.__name__ == "CommTimeoutError" for base in type(error).__mro__
-    )
+    return isinstance(error, (TimeoutError, CommTimeoutError, dist.DistError))
 
 
 def _routed(

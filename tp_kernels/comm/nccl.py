@@ -28,7 +28,6 @@ the work before it on the stream.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
@@ -46,8 +45,11 @@ from tp_kernels.comm.communicator import (
     Communicator,
     Handle,
     Numerics,
+    check_dim,
     check_reduce_op,
     check_root,
+    check_timeout,
+    gathered_sizes,
     resolve_sizes,
 )
 from tp_kernels.comm.errors import CommAbortedError, CommError, CommTimeoutError
@@ -162,7 +164,7 @@ class NCCLCommunicator(Communicator):
         require_cuda("NCCLCommunicator")
         if not 0 <= rank < world_size:
             raise ValueError(f"expected 0 <= rank < world_size, got rank {rank} of {world_size}")
-        _check_timeout(timeout)
+        check_timeout(timeout)
         if max_ctas is not None and not 1 <= max_ctas <= 64:
             raise ValueError(f"max_ctas must be between 1 and 64, got {max_ctas}")
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
@@ -258,7 +260,7 @@ class NCCLCommunicator(Communicator):
     def _reduce_scatter(self, x, op, dim, sizes, timeout, asynchronous):
         self._check_tensor(x, "reduce_scatter")
         code = _reduction_type(x, op, "reduce_scatter")
-        dim = _check_dim(x, dim, "reduce_scatter")
+        dim = check_dim(x, dim, "reduce_scatter")
         sizes = resolve_sizes(x.shape[dim], sizes, self.world_size, "reduce_scatter")
         source = x.contiguous()
         if math.prod(x.shape[:dim]) != 1:
@@ -277,15 +279,8 @@ class NCCLCommunicator(Communicator):
 
     def _all_gather(self, x, dim, sizes, timeout, asynchronous):
         self._check_tensor(x, "all_gather")
-        dim = _check_dim(x, dim, "all_gather")
-        if sizes is None:
-            sizes = [x.shape[dim]] * self.world_size
-        else:
-            sizes = resolve_sizes(sum(sizes), sizes, self.world_size, "all_gather")
-            if sizes[self.rank] != x.shape[dim]:
-                raise ValueError(
-                    f"all_gather: sizes[{self.rank}] is {sizes[self.rank]}, but x has {x.shape[dim]} in dim {dim}"
-                )
+        dim = check_dim(x, dim, "all_gather")
+        sizes = gathered_sizes(x.shape[dim], sizes, self.rank, self.world_size)
         before, after = x.shape[:dim], x.shape[dim + 1 :]
         unit = math.prod(before) * math.prod(after)
         source = x.contiguous()
@@ -324,22 +319,26 @@ class NCCLCommunicator(Communicator):
         cell = self._scratch[:1]
         handle = self._run(_BARRIER, cell, cell, [1], _FLOAT32, 0, 0, timeout, False, None)
         if not torch.cuda.is_current_stream_capturing():
-            with self._explained():
+            try:
                 poll(lambda: self._native.done(handle), None, math.inf, self.name)
+            except CommError as error:
+                raise self._explained(error) from None
 
     def _run(self, operation, source, target, counts, code, op, root, timeout, asynchronous, finish) -> Any:
         """Enqueue one collective; returns ``finish()``, a handle that does, or the native handle without ``finish``."""
         if timeout is None:
             timeout = self.timeout
         else:
-            _check_timeout(timeout)
+            check_timeout(timeout)
         if self._check:
             self._compare(operation, counts, code, op, root, timeout)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        with self._explained():
+        try:
             handle = self._native.run(
                 operation, source.data_ptr(), target.data_ptr(), counts, code, op, root, stream, asynchronous, timeout
             )
+        except CommError as error:
+            raise self._explained(error) from None
         self.counters["nccl"] += 1
         if finish is None:
             return handle
@@ -373,14 +372,18 @@ class NCCLCommunicator(Communicator):
         communicator is aborted as after an operation that passed its deadline.
         """
         timeout = self.timeout if timeout is None else timeout
-        _check_timeout(timeout)
-        with self._explained():
+        check_timeout(timeout)
+        try:
             self._native.guard_replay(torch.cuda.current_stream(self.device).cuda_stream, timeout)
+        except CommError as error:
+            raise self._explained(error) from None
 
     def check(self) -> None:
         """Raise the error that broke the communicator, if one did; never waits for the device."""
-        with self._explained():
+        try:
             self._native.check()
+        except CommError as error:
+            raise self._explained(error) from None
 
     @property
     def sequence(self) -> int:
@@ -391,19 +394,13 @@ class NCCLCommunicator(Communicator):
         """Release stream, events and NCCL's resources, after waiting some seconds for what is in flight."""
         self._finalizer()
 
-    @contextlib.contextmanager
-    def _explained(self):
-        """Adds to the first error which ranks it is about."""
-        try:
-            yield
-        except CommAbortedError:
-            raise
-        except CommError as error:
-            if self._failure is None:
-                self._failure = self._peers.explain(error)
-            if self._failure is error:
-                raise
-            raise self._failure from None
+    def _explained(self, error: CommError) -> CommError:
+        """What to raise for an error of the native core: the first one names the ranks it is about."""
+        if isinstance(error, CommAbortedError):
+            return error
+        if self._failure is None:
+            self._failure = self._peers.explain(error)
+        return self._failure
 
     def _check_tensor(self, x: torch.Tensor, operation: str) -> None:
         if x.device != self.device:
@@ -424,8 +421,10 @@ class _StreamHandle(Handle):
     def wait(self) -> torch.Tensor:
         communicator = self._communicator
         stream = torch.cuda.current_stream(communicator.device)
-        with communicator._explained():
+        try:
             communicator._native.wait(self._handle, stream.cuda_stream)
+        except CommError as error:
+            raise communicator._explained(error) from None
         if stream != self._made_on:  # the allocator knows only the stream on which the memory was taken
             self._target.record_stream(stream)
         if self._value is None:
@@ -440,14 +439,3 @@ def _reduction_type(x: torch.Tensor, op: str, operation: str) -> int:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
         raise ValueError(f"{operation}: unsupported dtype {x.dtype}; expected one of {names}")
     return code
-
-
-def _check_dim(x: torch.Tensor, dim: int, operation: str) -> int:
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"{operation}: dim {dim} is out of range for a tensor of {x.dim()} dimensions")
-    return dim % x.dim()
-
-
-def _check_timeout(timeout: float) -> None:
-    if not 0 < timeout < 1e9:
-        raise ValueError(f"timeout must be positive seconds below 1e9, got {timeout!r}")

@@ -76,6 +76,7 @@ def poll(done: Callable[[], bool], peers: Peers | None, deadline: float, name: s
 
 
 def raise_failure_of(rank: int, message: str, late: bool, name: str) -> NoReturn:
+    """Raise what ``Peers.agree`` or ``reported`` told of a rank: CommTimeoutError if it was ``late``."""
     text = f"group {name}: NCCL failed on rank {rank}: {message}"
     if late:
         raise CommTimeoutError(text, group=name, operation="create", ranks=(rank,))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from tp_kernels.comm import rendezvous
 from tp_kernels.comm.errors import CommError, CommMismatchError, CommTimeoutError, PeerDiedError
-from tp_kernels.comm.policy import RankFacts
+from tp_kernels.comm.processes import is_running, local_pids, process_facts
 
 __all__ = ["Peers"]
 
@@ -39,11 +38,9 @@ class Peers:
 
     def __init__(self, store: Any, rank: int, world_size: int, group: str, facts: Mapping[str, Any], timeout: float):
         self._store, self._rank, self._world_size, self._group = store, rank, world_size, group
-        mine = {"domain": RankFacts.here("cuda", "nccl", False).domain, "pid": os.getpid(), **facts}
+        mine = {**process_facts(), **facts}
         self.facts = rendezvous.exchange(store, rank, world_size, mine, timeout, group=group, what="create")
-        self._pids = {
-            r: theirs["pid"] for r, theirs in enumerate(self.facts) if theirs["domain"] == mine["domain"] and r != rank
-        }
+        self._pids = local_pids(self.facts, rank)
 
     def agree(self, what: str, error: str, late: bool, timeout: float) -> tuple[int, str, bool] | None:
         """End of a stage: every rank tells how it went, ``error`` being "" for well.
@@ -58,7 +55,7 @@ class Peers:
         """
         payload = {"error": error, "late": late}
         if error:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):  # without a store the others find out by their own deadlines
                 self._store.set(f"{what}/{self._rank}", json.dumps(payload))
             return self._rank, error, late
         rendezvous.exchange(self._store, self._rank, self._world_size, payload, timeout, group=self._group, what=what)
@@ -84,8 +81,9 @@ class Peers:
         everyone = rendezvous.exchange(
             self._store, self._rank, self._world_size, dict(call), timeout, group=self._group, what=what
         )
-        # All have read the call before the last one, or they would not have come here.
-        with contextlib.suppress(RuntimeError, NotImplementedError):
+        # All have read the call before the last one, or they would not have come here. A store that cannot delete only
+        # grows; one that is gone says so in the next exchange.
+        with contextlib.suppress(RuntimeError):
             self._store.delete_key(f"check/{sequence - 2}/{self._rank}")
         if all(theirs == everyone[0] for theirs in everyone):
             return
@@ -102,7 +100,7 @@ class Peers:
 
     def dead(self) -> list[int]:
         """Ranks of this host whose process has ended."""
-        return [r for r, pid in self._pids.items() if not _is_running(pid)]
+        return [r for r, pid in self._pids.items() if not is_running(pid)]
 
     def explain(self, error: CommError) -> CommError:
         """What to raise instead of ``error``, this rank's first: the same with the ranks concerned, if they are known.
@@ -114,7 +112,7 @@ class Peers:
             time.sleep(0.1)  # a closed connection is seen before the kernel has taken the process away
             dead = self.dead()
         known = {"group": error.group, "operation": error.operation, "sequence": error.sequence}
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # a store that is gone must not hide ``error``
             self._store.set(f"broken/{self._rank}", str(error.sequence))
         if dead:
             names = ", ".join(map(str, dead))
@@ -140,14 +138,3 @@ class Peers:
 
 def _describe(call: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" if key != "operation" else str(value) for key, value in call.items())
-
-
-def _is_running(pid: int) -> bool:
-    """False once the process ended, zombies included."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True

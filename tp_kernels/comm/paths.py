@@ -28,7 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tp_kernels.comm.symmetric_sizes import LAMPORT_BYTES, LAMPORT_TOTAL_BYTES, ONE_SHOT_BYTES
+from tp_kernels.comm.symmetric_sizes import ONE_SHOT_BYTES, lamport_limit
 
 __all__ = [
     "CLASS_OF",
@@ -172,7 +172,7 @@ def default_table(world_size: int, capability: tuple[int, int] = (9, 0), shared:
         shared: the ranks share one GPU.
     """
     # Ordered thresholds are those that symmetric memory has of its own, with their sources there.
-    pushed = min(LAMPORT_BYTES, LAMPORT_TOTAL_BYTES // world_size)
+    pushed = lamport_limit(world_size)
     one_shot = next((limit for ranks, limit in ONE_SHOT_BYTES.items() if world_size <= ranks), pushed)
     reduce: list[tuple[int | None, tuple[str, ...]]] = [(pushed, (LAMPORT, ONE_SHOT, TWO_SHOT, SYMM))]
     if one_shot > pushed:

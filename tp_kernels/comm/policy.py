@@ -10,7 +10,6 @@ carries a call is for ``paths`` to say; here is decided which ones are made.
 
 from __future__ import annotations
 
-import os
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
+from tp_kernels._native import native
 from tp_kernels.comm.errors import CommError
 from tp_kernels.comm.gpu_facts import GpuFacts
 from tp_kernels.comm.peer_verdicts import PASSED
+from tp_kernels.comm.processes import sharing_domain
 from tp_kernels.comm.symmetric_sizes import MAX_WORLD
 
 __all__ = ["BACKENDS", "BackendUnavailableError", "Choice", "RankFacts", "Rejection", "choose", "explain"]
@@ -68,7 +69,7 @@ class RankFacts:
                 gpu = GpuFacts.here(device)
             except Exception as error:  # the other ranks wait for these facts, and a broken driver is one
                 problem = f"{type(error).__name__}: {error}"
-        host, domain = socket.gethostname(), _sharing_domain()
+        host, domain = socket.gethostname(), sharing_domain()
         return cls(host, domain, device_type, backend, bool(strict), numerics, gpu, problem)
 
     @classmethod
@@ -267,7 +268,8 @@ def _obstacle_to_nccl(facts: Sequence[RankFacts]) -> tuple[str, bool] | None:
             return f"rank {rank}: {gpu.nccl_problem}", True
     versions = [gpu.nccl_version for gpu in gpus]
     if len({version // 100 for version in versions}) > 1:  # patch releases understand each other
-        listing = ", ".join(f"rank {rank}: {_nccl_version(version)}" for rank, version in enumerate(versions))
+        texts = map(native.nccl_version_text, versions)
+        listing = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
         return f"the ranks have different versions of it ({listing})", True
     for ranks in _ranks_by_gpu(gpus):
         names = {gpus[rank].nccl_host for rank in ranks}
@@ -294,10 +296,6 @@ def _ranks_by_gpu(gpus: Sequence[GpuFacts]) -> list[list[int]]:
 def _pairs(pairs: Sequence[tuple[int, int]]) -> str:
     shown = ", ".join(f"{a}->{b}" for a, b in pairs[:6])
     return f"ranks {shown}" + (f" and {len(pairs) - 6} more" if len(pairs) > 6 else "")
-
-
-def _nccl_version(code: int) -> str:
-    return f"{code // 10000}.{code // 100 % 100}.{code % 100}"
 
 
 def _places_apart(facts: Sequence[RankFacts], asked: bool = False) -> tuple[str, bool] | None:
@@ -355,23 +353,3 @@ def explain(group: Any = None) -> Choice:
     group = resolve_group(group)
     describe = getattr(group.communicator, "describe", None)
     return group.choice if describe is None else replace(group.choice, details=tuple(describe()))
-
-
-def _sharing_domain() -> str:
-    parts = []
-    for read in (_boot_id, _shm_identity, lambda: os.readlink("/proc/self/ns/pid")):
-        try:
-            parts.append(str(read()))
-        except OSError:
-            parts.append("?")
-    # Without these facts (not Linux) only the host's name is left.
-    return "|".join(parts) if "?" not in parts else "|".join([socket.gethostname(), *parts])
-
-
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
-
-
-def _shm_identity() -> int:
-    return os.stat("/dev/shm").st_dev

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from tp_kernels.comm import rendezvous
-from tp_kernels.comm.communicator import DEFAULT_TIMEOUT, LocalCommunicator
+from tp_kernels.comm.communicator import DEFAULT_TIMEOUT, LocalCommunicator, check_timeout
 from tp_kernels.comm.errors import CommTimeoutError
 from tp_kernels.comm.policy import BACKENDS, RankFacts, choose
 from tp_kernels.comm.tp_group import TPGroup, create_group, next_generation
@@ -120,8 +120,7 @@ class ProcessGroupManager:
             raise ValueError(f"numerics must be None, 'ordered' or 'any', got {numerics!r}")
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if not 0 < timeout < 1e9:
-            raise ValueError(f"timeout must be positive seconds below 1e9, got {timeout!r}")
+        check_timeout(timeout)
         rank, world_size = _world_of(rank, world_size)
         tp_size = world_size if tp_size is None else tp_size
         if not isinstance(tp_size, int) or tp_size < 1 or world_size % tp_size:

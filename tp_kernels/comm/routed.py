@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,6 +102,8 @@ class RoutedCommunicator(Communicator):
         self.rank, self.world_size, self.name, self.timeout = first.rank, first.world_size, first.name, first.timeout
         self.numerics_class, self.table, self.strict, self._device_type = numerics, table, strict, device_type
         self._paths = tuple(paths_of(self._members) if available is None else dict.fromkeys(available))
+        # Looked up in every call: whose path it is, and what the member must be told.
+        self._ways = {path: self._way(path) for path in self._paths}
         self.counters: Counter[str] = Counter()
         self._routes: dict[tuple, str] = {}
         self._fallbacks: dict[str, str] = {}
@@ -115,7 +118,7 @@ class RoutedCommunicator(Communicator):
     # Collectives -----------------------------------------------------------------------------------------------------
 
     def all_reduce(self, x, op="sum", *, out=None, timeout=None):
-        path = self._take("all_reduce", _bytes(x), x.dtype, x.device.type, op)
+        path = self._take("all_reduce", x.nbytes, x.dtype, x.device.type, op)
         return self._all_reduce(path, x, op, out, timeout)
 
     def all_reduce_by(self, path: str, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -126,19 +129,17 @@ class RoutedCommunicator(Communicator):
         return self._all_reduce(path, x, "sum", out, None)
 
     def all_reduce_async(self, x, op="sum", *, out=None):
-        path = self._take("all_reduce", _bytes(x), x.dtype, x.device.type, op)
-        if path in _KERNELS or path in _MULTICAST:
-            return Handle(self._all_reduce(path, x, op, out, None))
-        return self._members[_member_of(path)].all_reduce_async(x, op, out=out)
+        path = self._take("all_reduce", x.nbytes, x.dtype, x.device.type, op)
+        member, options = self._ways[path]
+        if options:
+            return Handle(member.all_reduce(x, op, out=out, **options))
+        return member.all_reduce_async(x, op, out=out)
 
     def bind_all_reduce(self, x) -> Callable[[], object]:
-        call = _Call("all_reduce", _bytes(x), x.dtype, x.device.type)
+        call = _Call("all_reduce", x.nbytes, x.dtype, x.device.type)
         path = self._decide(call)
-        member = self._members[_member_of(path)]
-        if path in _KERNELS or path in _MULTICAST:
-            run: Callable[[], object] = lambda: self._all_reduce(path, x, "sum", x, None)  # noqa: E731
-        else:
-            run = member.bind_all_reduce(x)
+        member, options = self._ways[path]
+        run = partial(member.all_reduce, x, out=x, **options) if options else member.bind_all_reduce(x)
 
         def bound() -> object:
             self._take("all_reduce", call.nbytes, call.dtype, call.device_type)
@@ -147,16 +148,19 @@ class RoutedCommunicator(Communicator):
         return bound
 
     def _all_reduce(self, path: str, x: torch.Tensor, op: str, out: Any, timeout: Any) -> torch.Tensor:
+        member, options = self._ways[path]
+        return member.all_reduce(x, op, out=out, timeout=timeout, **options)
+
+    def _way(self, path: str) -> tuple[Communicator, dict[str, str]]:
         name, _, algorithm = path.partition(":")
-        options = {"algorithm": algorithm} if algorithm else {}
-        return self._members[name].all_reduce(x, op, out=out, timeout=timeout, **options)
+        return self._members[name], {"algorithm": algorithm} if algorithm else {}
 
     def reduce_scatter(self, x, op="sum", *, dim=0, sizes=None, timeout=None):
-        member = self._carrier("reduce_scatter", _bytes(x), x, op)
+        member = self._carrier("reduce_scatter", x.nbytes, x, op)
         return member.reduce_scatter(x, op, dim=dim, sizes=sizes, timeout=timeout)
 
     def reduce_scatter_async(self, x, op="sum", *, dim=0, sizes=None):
-        return self._carrier("reduce_scatter", _bytes(x), x, op).reduce_scatter_async(x, op, dim=dim, sizes=sizes)
+        return self._carrier("reduce_scatter", x.nbytes, x, op).reduce_scatter_async(x, op, dim=dim, sizes=sizes)
 
     def all_gather(self, x, *, dim=0, sizes=None, timeout=None):
         member = self._carrier("all_gather", _gathered_bytes(x, dim, sizes, self.world_size), x)
@@ -167,11 +171,11 @@ class RoutedCommunicator(Communicator):
         return member.all_gather_async(x, dim=dim, sizes=sizes)
 
     def broadcast(self, x, src=0, *, timeout=None):
-        return self._carrier("broadcast", _bytes(x), x).broadcast(x, src, timeout=timeout)
+        return self._carrier("broadcast", x.nbytes, x).broadcast(x, src, timeout=timeout)
 
     def barrier(self, *, timeout=None):
         path = self._take("barrier", 0, None, self._device_type)
-        self._members[_member_of(path)].barrier(timeout=timeout)
+        self._ways[path][0].barrier(timeout=timeout)
 
     # What peer memory offers besides ---------------------------------------------------------------------------------
 
@@ -262,7 +266,7 @@ class RoutedCommunicator(Communicator):
         return self._decide(_Call(operation, nbytes, dtype, self._device_type, reduce_op))
 
     def _carrier(self, operation: str, nbytes: int, x: torch.Tensor, op: str = "sum") -> Communicator:
-        return self._members[_member_of(self._take(operation, nbytes, x.dtype, x.device.type, op))]
+        return self._ways[self._take(operation, nbytes, x.dtype, x.device.type, op)][0]
 
     def _take(
         self, operation: str, nbytes: int, dtype: torch.dtype | None, device_type: str, op: str = "sum", packs: int = 0
@@ -384,14 +388,10 @@ def _member_of(path: str) -> str:
     return path.partition(":")[0]
 
 
-def _bytes(x: torch.Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
 def _gathered_bytes(x: torch.Tensor, dim: int, sizes: Sequence[int] | None, world_size: int) -> int:
     """Of the whole result: the same on all ranks, also where this rank's part is empty."""
     if sizes is None or not -x.dim() <= dim < x.dim():
-        return _bytes(x) * world_size
+        return x.nbytes * world_size
     count = sum(sizes) * x.element_size()
     for index, extent in enumerate(x.shape):
         count *= 1 if index == dim % x.dim() else extent

@@ -33,8 +33,11 @@ from tp_kernels.comm.communicator import (
     DEFAULT_TIMEOUT,
     Communicator,
     Numerics,
+    check_dim,
     check_reduce_op,
     check_root,
+    check_timeout,
+    gathered_sizes,
     resolve_sizes,
 )
 from tp_kernels.comm.errors import CommTimeoutError
@@ -98,7 +101,7 @@ class SharedMemoryCommunicator(Communicator):
             raise ValueError(
                 f"expected 1 to {MAX_RANKS} ranks and 0 <= rank < world_size, got rank {rank} of {world_size}"
             )
-        _check_timeout(timeout)
+        check_timeout(timeout)
         if slot_bytes is not None and not 4096 <= slot_bytes <= 1 << 30:
             raise ValueError(f"slot_bytes must be between 4096 and 2**30, got {slot_bytes}")
         one_shot, chunk = _slot_sizes(world_size, slot_bytes)
@@ -137,7 +140,7 @@ class SharedMemoryCommunicator(Communicator):
         if timeout is None:
             timeout = self.timeout
         else:
-            _check_timeout(timeout)
+            check_timeout(timeout)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         elif out is not x and (out.shape != x.shape or out.dtype != x.dtype or not out.is_cpu):
@@ -163,7 +166,7 @@ class SharedMemoryCommunicator(Communicator):
     def reduce_scatter(self, x, op="sum", *, dim=0, sizes=None, timeout=None):
         _check_tensor(x, "reduce_scatter")
         check_reduce_op(op)
-        dim = _check_dim(x, dim, "reduce_scatter")
+        dim = check_dim(x, dim, "reduce_scatter")
         sizes = resolve_sizes(x.shape[dim], sizes, self.world_size, "reduce_scatter")
         source = x.contiguous()
         if math.prod(x.shape[:dim]) != 1:
@@ -179,15 +182,8 @@ class SharedMemoryCommunicator(Communicator):
 
     def all_gather(self, x, *, dim=0, sizes=None, timeout=None):
         _check_tensor(x, "all_gather")
-        dim = _check_dim(x, dim, "all_gather")
-        if sizes is None:
-            sizes = [x.shape[dim]] * self.world_size
-        else:
-            sizes = resolve_sizes(sum(sizes), sizes, self.world_size, "all_gather")
-            if sizes[self.rank] != x.shape[dim]:
-                raise ValueError(
-                    f"all_gather: sizes[{self.rank}] is {sizes[self.rank]}, but x has {x.shape[dim]} in dim {dim}"
-                )
+        dim = check_dim(x, dim, "all_gather")
+        sizes = gathered_sizes(x.shape[dim], sizes, self.rank, self.world_size)
         source = x.contiguous()
         rows = math.prod(x.shape[:dim])
         unit = rows * math.prod(x.shape[dim + 1 :])
@@ -215,7 +211,7 @@ class SharedMemoryCommunicator(Communicator):
     def _deadline(self, timeout: float | None) -> float:
         if timeout is None:
             return self.timeout
-        _check_timeout(timeout)
+        check_timeout(timeout)
         return timeout
 
     def __repr__(self) -> str:
@@ -309,14 +305,3 @@ def _check_tensor(x: torch.Tensor, operation: str) -> None:
         raise ValueError(f"{operation}: unsupported dtype {x.dtype}; expected one of {', '.join(DTYPE_CODES)}")
     if not x.is_cpu:
         raise ValueError(f"{operation}: shared memory carries CPU tensors, got one on {x.device}")
-
-
-def _check_dim(x: torch.Tensor, dim: int, operation: str) -> int:
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"{operation}: dim {dim} is out of range for a tensor of {x.dim()} dimensions")
-    return dim % x.dim()
-
-
-def _check_timeout(timeout: float) -> None:
-    if not 0 < timeout < 1e9:
-        raise ValueError(f"timeout must be positive seconds below 1e9, got {timeout!r}")

@@ -34,14 +34,18 @@ from tp_kernels.comm.communicator import (
     DEFAULT_TIMEOUT,
     Communicator,
     Numerics,
+    check_dim,
     check_reduce_op,
     check_root,
+    check_timeout,
+    gathered_sizes,
     resolve_sizes,
 )
-from tp_kernels.comm.symmetric_calls import KERNEL_DTYPES, KernelCalls, check_timeout
+from tp_kernels.comm.symmetric_calls import KERNEL_DTYPES, KernelCalls
 from tp_kernels.comm.symmetric_sizes import (
     ALGORITHMS,
     LAMPORT_BYTES,
+    MAX_ROW_PACKS,
     PACK_BYTES,
     algorithm_for,
     lamport_rows,
@@ -119,9 +123,7 @@ class SymmetricMemoryCommunicator(Communicator):
             if device.index is None:
                 device = torch.device("cuda", torch.cuda.current_device())
             if max_blocks is None:
-                shared = one_gpu.ranks_on_this_gpu()
-                sms = one_gpu.sm_share(device)
-                max_blocks = one_gpu.max_blocks(sms, max(1, shared), one_gpu.has_mps(), shared > 1)
+                max_blocks = one_gpu.own_max_blocks(device)
         mine = {"error": reason, "max_blocks": max_blocks or 0, "max_bytes": max_bytes}
         everyone = rendezvous.exchange(
             store, rank, world_size, mine, timeout, group=name, what="symmetric memory: facts"
@@ -252,8 +254,13 @@ class SymmetricMemoryCommunicator(Communicator):
         """
         self._calls.begin("all_reduce_add_rms_norm", partial)
         width, dtype, size = partial.shape[-1], partial.dtype, partial.element_size()
-        if not self.fuses_norm(width, dtype):
-            raise ValueError(f"all_reduce_add_rms_norm: no kernel for rows of {width} elements of {dtype}")
+        step = rows_per_call(width, size, self._layout.half_bytes)
+        if step < 1 or dtype not in KERNEL_DTYPES:
+            widest = min(MAX_ROW_PACKS * PACK_BYTES, self._layout.half_bytes // 2) // size
+            raise ValueError(
+                f"all_reduce_add_rms_norm: no kernel for rows of {width} elements of {dtype}; expected 1 to {widest} "
+                "of float32, bfloat16 or float16"
+            )
         _check_norm_operands(partial, residual, weight, bias, out)
         rows = partial.numel() // width
         normed = torch.empty_like(partial) if out is None else out
@@ -261,8 +268,9 @@ class SymmetricMemoryCommunicator(Communicator):
         if algorithm is None:
             algorithm = norm_algorithm_for(rows, width, size, self.world_size)
         elif algorithm not in ("lamport", "one_shot", "two_shot"):
-            raise ValueError(f"all_reduce_add_rms_norm: unknown algorithm {algorithm!r}")
-        step = rows_per_call(width, size, self._layout.half_bytes)
+            raise ValueError(
+                f"all_reduce_add_rms_norm: algorithm must be one of lamport, one_shot, two_shot, got {algorithm!r}"
+            )
         if algorithm == "lamport":
             step = max(1, min(step, lamport_rows(width, size)))
         self.counters[f"norm_{algorithm}"] += 1
@@ -290,7 +298,7 @@ class SymmetricMemoryCommunicator(Communicator):
     def reduce_scatter(self, x, op="sum", *, dim=0, sizes=None, timeout=None):
         workspace = self._calls.begin("reduce_scatter", x)
         check_reduce_op(op)
-        dim = _check_dim(x, dim, "reduce_scatter")
+        dim = check_dim(x, dim, "reduce_scatter")
         sizes = resolve_sizes(x.shape[dim], sizes, self.world_size, "reduce_scatter")
         if op != "sum" or x.dtype not in KERNEL_DTYPES:
             return self._gathered_reduction(x, op, timeout).split(sizes, dim)[self.rank].contiguous()
@@ -316,14 +324,8 @@ class SymmetricMemoryCommunicator(Communicator):
 
     def all_gather(self, x, *, dim=0, sizes=None, timeout=None):
         self._calls.begin("all_gather", x)
-        dim = _check_dim(x, dim, "all_gather")
-        if sizes is None:
-            sizes = [x.shape[dim]] * self.world_size
-        elif len(sizes) != self.world_size or min(sizes) < 0 or sizes[self.rank] != x.shape[dim]:
-            raise ValueError(
-                f"all_gather: sizes must be {self.world_size} extents with {x.shape[dim]} at rank {self.rank}, "
-                f"got {list(sizes)}"
-            )
+        dim = check_dim(x, dim, "all_gather")
+        sizes = gathered_sizes(x.shape[dim], sizes, self.rank, self.world_size)
         self.counters["all_gather"] += 1
         shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
         return torch.cat(self._gather(x, shapes, timeout), dim)
@@ -410,12 +412,6 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """``source`` into the beginning of ``target``; both flat."""
     if source.numel():
         target[: source.numel()].copy_(source)
-
-
-def _check_dim(x: torch.Tensor, dim: int, operation: str) -> int:
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"{operation}: dim {dim} is out of range for a tensor of {x.dim()} dimensions")
-    return dim % x.dim()
 
 
 def _check_norm_operands(partial, residual, weight, bias, out) -> None:

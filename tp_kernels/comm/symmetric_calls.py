@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from tp_kernels._native import native
+from tp_kernels.comm.communicator import check_timeout
 from tp_kernels.comm.errors import CommAbortedError, CommTimeoutError
 from tp_kernels.comm.symmetric_sizes import ALGORITHMS
 from tp_kernels.comm.symmetric_workspace import ErrorRecord, Workspace
 
-__all__ = ["KERNEL_DTYPES", "KernelCalls", "check_timeout"]
+__all__ = ["KERNEL_DTYPES", "KernelCalls"]
 
 # Dtypes that the kernels add, with their codes of csrc/common/dtype.h.
 KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -173,7 +174,7 @@ class KernelCalls:
         workspace.close()
 
     def _note(self, algorithm: str) -> None:
-        if torch.cuda.is_current_stream_capturing():
+        if not self._captured and torch.cuda.is_current_stream_capturing():
             self._captured = True  # replays count on the device only
         lamport = algorithm == "lamport"
         number = self._launched[lamport]
@@ -200,9 +201,3 @@ class KernelCalls:
             return int(self.timeout * 1e9)
         check_timeout(timeout)
         return max(1, int(timeout * 1e9))
-
-
-def check_timeout(timeout: float) -> None:
-    """ValueError unless ``timeout`` is seconds that a kernel can wait."""
-    if not 0 < timeout < 1e9:
-        raise ValueError(f"timeout must be positive seconds below 1e9, got {timeout!r}")

@@ -11,6 +11,7 @@ __all__ = [
     "ALGORITHMS",
     "Layout",
     "algorithm_for",
+    "lamport_limit",
     "lamport_rows",
     "layout_of",
     "norm_algorithm_for",
@@ -40,7 +41,7 @@ ONE_SHOT_BYTES = {4: 512 << 10, 8: 256 << 10, 16: 128 << 10}
 
 def algorithm_for(nbytes: int, world_size: int) -> str:
     """Which ordered algorithm all-reduces ``nbytes`` among ``world_size`` ranks: "lamport", "one_shot", "two_shot"."""
-    if nbytes <= _lamport_limit(world_size):
+    if nbytes <= lamport_limit(world_size):
         return "lamport"
     limit = next(limit for ranks, limit in ONE_SHOT_BYTES.items() if world_size <= ranks)
     return "one_shot" if nbytes <= limit else "two_shot"
@@ -52,7 +53,7 @@ def norm_algorithm_for(rows: int, width: int, itemsize: int, world_size: int) ->
     The one-step forms repeat the norm on every rank, so above Lamport's limit only two-shot is left.
     """
     packs = row_packs(width, itemsize)
-    if rows * packs * PACK_BYTES > _lamport_limit(world_size):
+    if rows * packs * PACK_BYTES > lamport_limit(world_size):
         return "two_shot"
     return "lamport" if packs <= MAX_LAMPORT_ROW_PACKS else "one_shot"
 
@@ -79,7 +80,8 @@ def row_packs(width: int, itemsize: int) -> int:
     return -(-width * itemsize // PACK_BYTES)
 
 
-def _lamport_limit(world_size: int) -> int:
+def lamport_limit(world_size: int) -> int:
+    """Most bytes of a message that is pushed."""
     return min(LAMPORT_BYTES, LAMPORT_TOTAL_BYTES // world_size)
 
 
