@@ -3,9 +3,12 @@
 Tiny shapes: what is tested is the benchmarks themselves, so that none fails for the first time where time is short.
 """
 
+import csv
+
 import pytest
 import torch
 
+from tp_kernels import cli
 from tp_kernels.ops._gpu import H100, pretend
 from tp_kernels.testing.op_bench import report
 from tp_kernels.testing.op_bench.runner import Selection, bench_names, rows_of, run_case, select_cases
@@ -46,6 +49,16 @@ def test_every_competitor_is_right(name, device):
         rows += rows_of(result, None)
     assert rows
     assert all(line["wrong_or_failed"] == 0 for line in report.summary(rows))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="what the command line does without a GPU")
+def test_the_command_line_in_the_interpreter(tmp_path, capfd):
+    words = "bench ops --op rms_norm --model tiny --rows 3 --dtype fp16 --rounds 1 --interpret --csv"
+    assert cli.main([*words.split(), str(tmp_path / "ops.csv")]) == 0, capfd.readouterr().out
+    with open(tmp_path / "ops.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert {"op", "torch", "own:triton"} <= {row["competitor"] for row in rows}
 
 
 @pytest.mark.parametrize("name", bench_names())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from tp_kernels.commands.common import HelpFormatter
 
@@ -17,6 +18,9 @@ examples:
   tp-kernels bench ops --op rms_norm
 """
 
+_Add = Callable[[argparse.ArgumentParser], None]
+_Run = Callable[[argparse.Namespace], int]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks."""
@@ -25,54 +29,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from tp_kernels.testing.op_bench import commands
 
     benchmarks = parser.add_subparsers(title="benchmarks", dest="benchmark", metavar="BENCHMARK", required=True)
-    all_reduce = benchmarks.add_parser(
+
+    def add(name: str, summary: str, description: str, examples: str, add_arguments: _Add, run: _Run) -> None:
+        benchmark = benchmarks.add_parser(
+            name, help=summary, description=description, epilog=examples, formatter_class=HelpFormatter
+        )
+        add_arguments(benchmark)
+        benchmark.set_defaults(run=run)
+
+    add(
         "all-reduce",
-        help="shared memory against Gloo, in nccl-tests' columns",
-        description="All-reduce over CPU ranks: shared memory against Gloo, in the columns that nccl-tests prints.",
-        epilog=_ALL_REDUCE_EXAMPLES,
-        formatter_class=HelpFormatter,
+        "shared memory against Gloo, in nccl-tests' columns",
+        "All-reduce over CPU ranks: shared memory against Gloo, in the columns that nccl-tests prints.",
+        _ALL_REDUCE_EXAMPLES,
+        bench_all_reduce.add_arguments,
+        bench_all_reduce.run,
     )
-    bench_all_reduce.add_arguments(all_reduce)
-    all_reduce.set_defaults(run=bench_all_reduce.run)
-    all_reduce_gpu = benchmarks.add_parser(
+    add(
         "all-reduce-gpu",
-        help="peer-memory kernels against torch's and NCCL, alone and fused with the norm",
-        description="All-reduce over GPU ranks, alone and fused with residual and norm; ranks share one GPU where "
-        "there are not enough.",
-        epilog=_ALL_REDUCE_GPU_EXAMPLES,
-        formatter_class=HelpFormatter,
+        "peer-memory kernels against torch's and NCCL, alone and fused with the norm",
+        "All-reduce over GPU ranks, alone and fused with residual and norm; ranks share one GPU where there are not\n"
+        "enough.",
+        _ALL_REDUCE_GPU_EXAMPLES,
+        bench_all_reduce_gpu.add_arguments,
+        bench_all_reduce_gpu.run,
     )
-    bench_all_reduce_gpu.add_arguments(all_reduce_gpu)
-    all_reduce_gpu.set_defaults(run=bench_all_reduce_gpu.run)
-    overlap = benchmarks.add_parser(
+    add(
         "overlap",
-        help="a matmul and its all-reduce over NCCL, one after the other and side by side",
-        description="A row-parallel matmul and its all-reduce over NCCL, one after the other and in chunks side by "
-        "side; ranks share one GPU where there are not enough.",
-        epilog=_OVERLAP_EXAMPLES,
-        formatter_class=HelpFormatter,
+        "a matmul and its all-reduce over NCCL, one after the other and side by side",
+        "A row-parallel matmul and its all-reduce over NCCL, one after the other and in chunks side by side; ranks\n"
+        "share one GPU where there are not enough.",
+        _OVERLAP_EXAMPLES,
+        bench_overlap.add_arguments,
+        bench_overlap.run,
     )
-    bench_overlap.add_arguments(overlap)
-    overlap.set_defaults(run=bench_overlap.run)
-    layer = benchmarks.add_parser(
+    add(
         "layer",
-        help="a decoder layer over several ranks against itself with communication switched off",
-        description="Decoder layers of a model's shapes over several ranks, prefill and decode, against the same ranks "
-        "with communication switched off; ranks share one GPU where there are not enough.",
-        epilog=_LAYER_EXAMPLES,
-        formatter_class=HelpFormatter,
+        "a decoder layer over several ranks against itself with communication switched off",
+        "Decoder layers of a model's shapes over several ranks, prefill and decode, against the same ranks with\n"
+        "communication switched off; ranks share one GPU where there are not enough.",
+        _LAYER_EXAMPLES,
+        bench_layer.add_arguments,
+        bench_layer.run,
     )
-    bench_layer.add_arguments(layer)
-    layer.set_defaults(run=bench_layer.run)
-    ops = benchmarks.add_parser(
+    add(
         "ops",
-        help="the GPU kernels against PyTorch, Liger, FlashAttention and others",
-        description="The GPU kernels against whatever else is installed, on the shapes of a model's layers.",
-        epilog=_OPS_EXAMPLES,
-        formatter_class=HelpFormatter,
+        "the GPU kernels against PyTorch, Liger, FlashAttention and others",
+        _OPS_DESCRIPTION,
+        _OPS_EXAMPLES,
+        commands.add_bench_arguments,
+        commands.run_bench,
     )
-    commands.add_bench_arguments(ops)
-    ops.set_defaults(run=commands.run_bench)
 
 
 _ALL_REDUCE_EXAMPLES = """\
@@ -100,10 +107,17 @@ examples:
   tp-kernels bench layer --ranks 2 --device cpu --model tiny --tokens 32 --context 32
 """
 
+_OPS_DESCRIPTION = """\
+The GPU kernels against whatever else is installed (torch, torch.compile, cuDNN, FlashAttention, Liger, quack), on the
+shapes of one rank's layers. Every competitor is checked first, then timed in CUDA graphs, in turns. Printed for each:
+microseconds, TFLOP/s or TB/s, percent of what this GPU reaches now (a copy, cuBLAS), and speed as a multiple of the
+best peer's. `op` is what a user of the package gets, `own:...` are our kernels one by one."""
+
 _OPS_EXAMPLES = """\
 examples:
   tp-kernels bench ops
   tp-kernels bench ops --op linear --model llama3-70b --tp 8 --rows 1 16 64 --csv linear.csv --plot plots
+  TRITON_INTERPRET=1 tp-kernels bench ops --op rms_norm --model tiny --rows 3 --dtype fp16 --interpret
 """
 
 

@@ -8,11 +8,10 @@ __all__ = ["DESCRIPTION", "EXAMPLES", "NAME", "SUMMARY", "add_arguments", "run"]
 
 NAME = "tune"
 SUMMARY = "find the fastest kernels for this GPU, or the fastest ways between ranks"
-DESCRIPTION = (
-    "Measure every configuration of the GPU kernels on this GPU, against what PyTorch does, and keep the winners in a "
-    "table that the ops read. An interrupted run goes on where it stopped. With `comm`, started on N ranks: "
-    "measure each way to communicate by size instead, for the groups of N ranks that are made later."
-)
+DESCRIPTION = """\
+Measure every configuration of the GPU kernels on this GPU, against what PyTorch does, and keep the winners in a table
+that the ops read. An interrupted run goes on where it stopped. With `comm`, started on N ranks: measure each way to
+communicate by size instead, for the groups of N ranks that are made later."""
 EXAMPLES = """\
 examples:
   tp-kernels tune                                  shapes of Llama-3-8B at tp 1, 2, 4, 8

@@ -6,6 +6,7 @@ second, and only competitors timed in turns see the same ones.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
 import math
@@ -20,6 +21,7 @@ from tp_kernels.testing.machine import machine_record
 
 __all__ = [
     "Timing",
+    "bytes_argument",
     "format_bytes",
     "interleaved",
     "parse_bytes",
@@ -102,6 +104,14 @@ def parse_bytes(text: str) -> int:
     if not number.isdigit():
         raise ValueError(f"expected a size such as 4096, 4K, 32M or 1G, got {text!r}")
     return int(number) * factor
+
+
+def bytes_argument(text: str) -> int:
+    """argparse type: ``parse_bytes``, whose words an error keeps."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def format_bytes(count: int) -> str:

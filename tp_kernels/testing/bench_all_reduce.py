@@ -23,8 +23,8 @@ from typing import Any
 
 from tp_kernels.testing.bench import (
     Timing,
+    bytes_argument,
     interleaved,
-    parse_bytes,
     plot_lines,
     sizes_between,
     write_csv,
@@ -39,8 +39,12 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options on ``parser``."""
     parser.add_argument("--ranks", type=int, default=2, help="ranks, at least 2 (default %(default)s)")
-    parser.add_argument("--min-bytes", type=_bytes, default="1K", metavar="SIZE", help="smallest message (default 1K)")
-    parser.add_argument("--max-bytes", type=_bytes, default="32M", metavar="SIZE", help="largest message (default 32M)")
+    parser.add_argument(
+        "--min-bytes", type=bytes_argument, default="1K", metavar="SIZE", help="smallest message (default 1K)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=bytes_argument, default="32M", metavar="SIZE", help="largest message (default 32M)"
+    )
     parser.add_argument("--factor", type=int, default=2, help="ratio of successive sizes (default %(default)s)")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="element type (default %(default)s)")
     parser.add_argument("--op", choices=("sum", "max"), default="sum", help="reduction (default %(default)s)")
@@ -224,13 +228,6 @@ def _print_row(row: dict[str, Any]) -> None:
         )
     ratio = f"{row['speedup_over_gloo']:.1f}x" if row["speedup_over_gloo"] != "" else "-"
     print(f"{text}  {row['backend']:<7} {row['percent_of_memcpy']:>7.0f}% {ratio:>8}", flush=True)
-
-
-def _bytes(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tp_kernels import one_gpu
-from tp_kernels.testing.bench import Timing, format_bytes, parse_bytes, sizes_between, write_csv
+from tp_kernels.testing.bench import Timing, bytes_argument, format_bytes, sizes_between, write_csv
 
 __all__ = ["Options", "add_arguments", "calls_for", "main", "measure", "norm_row", "run", "sum_rows"]
 
@@ -56,8 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several = {"type": int, "nargs": "+", "metavar": "N"}
     parser.add_argument("--ranks", type=int, default=4, help="ranks to start, at least 2 (default %(default)s)")
     parser.add_argument("--what", nargs="+", choices=default.what, default=default.what, help="default: both")
-    parser.add_argument("--min-bytes", type=_bytes, default="2K", metavar="SIZE", help="smallest message (default 2K)")
-    parser.add_argument("--max-bytes", type=_bytes, default="64M", metavar="SIZE", help="largest message (default 64M)")
+    parser.add_argument(
+        "--min-bytes", type=bytes_argument, default="2K", metavar="SIZE", help="smallest message (default 2K)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=bytes_argument, default="64M", metavar="SIZE", help="largest message (default 64M)"
+    )
     parser.add_argument("--factor", type=int, default=2, help="ratio of successive sizes (default %(default)s)")
     parser.add_argument("--hidden", default=default.hidden, help="widths of the norms (default 4096 8192)", **several)
     parser.add_argument("--tokens", default=default.tokens, help="rows of the norms (default 1 to 4096)", **several)
@@ -334,13 +338,6 @@ def _times(timing: Timing) -> dict[str, float]:
         "q20_us": round(timing.q20 * 1e6, 2),
         "q80_us": round(timing.q80 * 1e6, 2),
     }
-
-
-def _bytes(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from tp_kernels.ops._gpu import H100, pretend
 from tp_kernels.testing.bench import write_csv
 from tp_kernels.testing.gpu_timer import measure_roofs, raise_if_lost
 from tp_kernels.testing.op_bench import report
@@ -21,14 +23,18 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _add_selection(parser: argparse.ArgumentParser, models: list[str], tps: list[int]) -> None:
-    parser.add_argument("--op", action="append", metavar="OP", help=f"one of {', '.join(bench_names())} (default: all)")
-    names = ", ".join(MODELS)
-    parser.add_argument("--model", nargs="+", default=models, metavar="MODEL", help=f"whose shapes: {names}")
-    parser.add_argument("--tp", type=int, nargs="+", default=tps, help="tensor-parallel sizes; shapes are one rank's")
-    parser.add_argument("--rows", type=int, nargs="+", default=[], help="numbers of tokens (default: each op's own)")
+    every = ", ".join(bench_names())
+    parser.add_argument("--op", action="append", metavar="OP", help=f"one of {every}; may be repeated (default: all)")
+    names = f"whose shapes: {', '.join(MODELS)} (default: {' '.join(models)})"
+    parser.add_argument("--model", nargs="+", default=models, metavar="MODEL", help=names)
+    sizes = f"tensor-parallel sizes; shapes are one rank's (default: {' '.join(map(str, tps))})"
+    parser.add_argument("--tp", type=int, nargs="+", default=tps, metavar="N", help=sizes)
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[], metavar="N", help="numbers of tokens (default: each op's own)"
+    )
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=sorted(_DTYPES), help="default: bf16")
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="stop in an orderly way after this long (default: 30)"
+        "--minutes", type=float, default=30.0, metavar="M", help="stop in an orderly way after this long (default: 30)"
     )
 
 
@@ -43,11 +49,13 @@ def _selection(args: argparse.Namespace) -> Selection:
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``bench ops``."""
     _add_selection(parser, ["llama3-8b"], [1])
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved turns of each competitor (default: 15)")
-    parser.add_argument("--csv", help="write all rows to this file")
+    parser.add_argument(
+        "--rounds", type=int, default=15, metavar="N", help="interleaved turns of each competitor (default: 15)"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write all figures, with machine, versions and date")
     parser.add_argument("--plot", metavar="FOLDER", help="write one picture an op into this folder")
     parser.add_argument(
-        "--interpret", action="store_true", help="without a GPU: try the tiny shapes out in Triton's interpreter (slow)"
+        "--interpret", action="store_true", help="without a GPU: try `--model tiny` out in Triton's interpreter (slow)"
     )
 
 
@@ -59,7 +67,7 @@ def run_bench(args: argparse.Namespace) -> int:
     if roofs:
         print(f"roofs now: copy {roofs.copy / 1e12:.2f} TB/s, cuBLAS bf16 8192^3 {roofs.matmul / 1e12:.0f} TFLOP/s")
     rows, skipped, broken = [], 0, 0
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.nullcontext() if device == "cuda" else pretend(H100):
         for case in select_cases(_selection(args)):
             if time.monotonic() > deadline:
                 skipped += 1
@@ -113,9 +121,11 @@ def _device(interpret: bool) -> str:
 def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``tune``."""
     _add_selection(parser, ["llama3-8b"], [1, 2, 4, 8])
-    parser.add_argument("--out", type=Path, help="table to write (default: the user's, read by every later process)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="table to write (default: the user's, read by every later process)"
+    )
     parser.add_argument("--again", action="store_true", help="measure cases that have an entry already")
-    parser.add_argument("--jobs", type=int, help="processes that compile candidates (default: one a core)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile candidates (default: one a core)")
 
 
 def run_tune(args: argparse.Namespace) -> int:

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tp_kernels import ops
-from tp_kernels.ops._gpu import H100, gpu_of
 from tp_kernels.ops.decode_attention import gather_pages, plain_decode
 from tp_kernels.ops.kernels.decode_config import Config, candidates
-from tp_kernels.testing.op_bench.case import Case, Own, Shapes, randn
+from tp_kernels.testing.op_bench.case import Case, Own, Shapes, randn, this_gpu
+
+__all__ = ["OP", "cases"]
 
 OP = "decode_attention"
 
@@ -63,8 +64,7 @@ def _case(model: Shapes, local: Shapes, tp: int, dtype: torch.dtype, batch: int,
 
 def _configs(dtype: torch.dtype, group: int, dim: int, groups: int, positions: int) -> list[dict[str, Any]]:
     """Candidates on the GPU here, or on an H100."""
-    info = gpu_of(torch.empty(0, device="cuda")) if torch.cuda.is_available() else H100
-    return [config._asdict() for config in candidates(info, dtype, group, dim, groups, positions)]
+    return [config._asdict() for config in candidates(this_gpu(), dtype, group, dim, groups, positions)]
 
 
 def _inputs(

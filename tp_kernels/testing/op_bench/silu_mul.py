@@ -12,7 +12,7 @@ from torch import Tensor
 from tp_kernels import ops
 from tp_kernels.testing.op_bench.case import Case, Own, Shapes, compiled, randn, this_gpu
 
-__all__ = ["OP", "cases", "liger_backward", "liger_forward", "plain_backward"]
+__all__ = ["OP", "cases", "liger_backward", "liger_forward", "liger_function", "plain_backward"]
 
 OP = "silu_mul"
 ROWS = (1, 64, 1024, 4096, 8192)
@@ -44,6 +44,12 @@ def liger_backward() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
     """Liger's gradients from (gate, up, grad), written over gate and up; None as for ``liger_forward``."""
     found = _liger()
     return None if found is None else lambda gate, up, grad: found.swiglu_backward(gate, up, grad)
+
+
+def liger_function() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Liger's differentiable product of gate and up, as its MLP has them; None as for ``liger_forward``."""
+    found = _liger()
+    return None if found is None else found.LigerSiLUMulFunction.apply
 
 
 def _own_forward(config: dict[str, Any] | None, gate_up: Tensor, *_: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tp_kernels import ops
 from tp_kernels.testing.op_bench.case import Case, Shapes, compiled, randn
 from tp_kernels.testing.op_bench.linear import ROWS, own_paths
+from tp_kernels.testing.op_bench.silu_mul import liger_function
 
 __all__ = ["OP", "cases"]
 
@@ -58,18 +59,7 @@ def _peers() -> dict[str, Callable[..., Tensor]]:
         "cublas+F.silu": ops.swiglu_linear_reference,
         "torch.compile": compiled(ops.swiglu_linear_reference),
     }
-    liger = _liger_silu_mul()
+    liger = liger_function()
     if liger is not None:
         peers["cublas+liger"] = lambda x, weight: liger(*(F.linear(x, part) for part in weight.chunk(2)))
     return peers
-
-
-def _liger_silu_mul() -> Callable[..., Tensor] | None:
-    """Liger's gate, for gate and up apart, as its MLP has them; None where it is not installed or there is no GPU."""
-    if not torch.cuda.is_available():
-        return None
-    try:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-    except Exception:
-        return None
-    return LigerSiLUMulFunction.apply

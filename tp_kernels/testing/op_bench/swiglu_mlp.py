@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tp_kernels import ops
 from tp_kernels.testing.op_bench.case import Case, Own, Shapes, compiled, randn, this_gpu
-from tp_kernels.testing.op_bench.silu_mul import liger_backward, liger_forward, plain_backward
+from tp_kernels.testing.op_bench.silu_mul import liger_backward, liger_forward, liger_function, plain_backward
 
 __all__ = ["OP", "cases"]
 
@@ -140,16 +140,13 @@ def _fused_step(
 
 def _liger_step() -> Step | None:
     """Liger's MLP: gate and up projected apart, its function for the product, PyTorch's matmuls."""
-    if not torch.cuda.is_available():
-        return None
-    try:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-    except Exception:
+    product = liger_function()
+    if product is None:
         return None
 
     def forward(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
         gate, up = w_gate_up.chunk(2)
-        return F.linear(LigerSiLUMulFunction.apply(F.linear(x, gate), F.linear(x, up)), w_down)
+        return F.linear(product(F.linear(x, gate), F.linear(x, up)), w_down)
 
     return _step(forward)
 
