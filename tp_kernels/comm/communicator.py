@@ -6,13 +6,14 @@ Tensors are contiguous or not, of any length; results are plain tensors. Every w
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-__all__ = ["Communicator", "Handle", "LocalCommunicator", "Numerics"]
+__all__ = ["Communicator", "Handle", "LocalCommunicator", "Numerics", "started_collectives"]
 
 DEFAULT_TIMEOUT = 300.0
 
@@ -47,6 +48,22 @@ class Handle:
             self._wait()
             self._wait = None
         return self._result
+
+
+@contextlib.contextmanager
+def started_collectives() -> Iterator[list[Handle]]:
+    """A list for the handles that a block starts: if the block fails, all of them are waited for before it is left.
+
+    Their buffers must not be given out again while the communicator may still use them.
+    """
+    handles: list[Handle] = []
+    try:
+        yield handles
+    except BaseException:
+        for handle in handles:
+            with contextlib.suppress(Exception):  # the error that is on its way says more
+                handle.wait()
+        raise
 
 
 class Communicator(abc.ABC):

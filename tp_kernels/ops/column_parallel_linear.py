@@ -14,14 +14,13 @@ without overlap. On other communicators, under autocast and in traced code it is
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tp_kernels.comm.communicator import Handle
+from tp_kernels.comm.communicator import Handle, started_collectives
 from tp_kernels.comm.functional import (
     copy_to_tensor_parallel,
     gather_from_sequence_parallel,
@@ -95,8 +94,7 @@ def _overlapped_gradients(
     n, k = weight.shape
     rows, communicator = grad.reshape(-1, n), group.communicator
     gathered: Handle | None = None
-    started: list[Handle] = []
-    try:
+    with started_collectives() as started:
         if sizes is not None and wants_weight:
             gathered = communicator.all_gather_async(x, dim=_SEQUENCE_DIM, sizes=sizes)
             started.append(gathered)
@@ -111,12 +109,6 @@ def _overlapped_gradients(
             whole = x if gathered is None else gathered.wait()
             grad_weight = rows.t() @ whole.reshape(-1, k)
         return summed.wait(), grad_weight
-    except BaseException:
-        # The buffers must not be given out again while the communicator may still use them.
-        for handle in started:
-            with contextlib.suppress(Exception):
-                handle.wait()
-        raise
 
 
 def column_parallel_linear(

@@ -21,7 +21,6 @@ faster on the same kind of GPU (``tp-kernels bench overlap --tune``).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tp_kernels import one_gpu
-from tp_kernels.comm.communicator import Communicator, Handle
+from tp_kernels.comm.communicator import Communicator, started_collectives
 from tp_kernels.comm.functional import copy_to_tensor_parallel, reduce_from_tensor_parallel
 from tp_kernels.comm.overlap import (
     SMALLEST_CHUNK,
@@ -264,8 +263,7 @@ def run_chunks(
     out = x.new_empty(x.shape[0], weight.shape[0])
     matmul = _matmul_into(x, weight)
     after = None if follow is None else follow(out)
-    handles: list[Handle] = []
-    try:
+    with started_collectives() as handles:
         for start, stop in bounds:
             rows = out[start:stop]
             matmul(rows, x[start:stop])
@@ -278,12 +276,6 @@ def run_chunks(
                 handles[index].wait()
             if after is not None:
                 after(slice(start, stop))
-    except BaseException:
-        # The buffer must not be given out again while the communicator may still write to it.
-        for handle in handles:
-            with contextlib.suppress(Exception):
-                handle.wait()
-        raise
     return out
 
 

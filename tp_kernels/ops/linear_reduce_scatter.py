@@ -12,7 +12,6 @@ changes no bits, fewer rows may. Nobody has measured where this pays, so it is d
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tp_kernels.comm.communicator import Communicator, Handle
+from tp_kernels.comm.communicator import Communicator, Handle, started_collectives
 from tp_kernels.comm.functional import gather_from_sequence_parallel, reduce_scatter_to_sequence_parallel
 from tp_kernels.comm.process_group import resolve_group
 from tp_kernels.comm.tp_group import TPGroup
@@ -50,8 +49,7 @@ def _run(
     starts = [0, *accumulate(sizes)]
     out = x.new_empty(*x.shape[:-2], sizes[communicator.rank], weight.shape[0])
     pieces = token_pieces(sizes, chunks)
-    started: list[Handle] = []
-    try:
+    with started_collectives() as started:
         for piece in pieces:
             rows = [
                 x.narrow(_SEQUENCE_DIM, start + a, b - a) for start, (a, b) in zip(starts, piece, strict=False) if b > a
@@ -65,12 +63,6 @@ def _run(
         for piece, handle in zip(pieces, started, strict=True):
             a, b = piece[communicator.rank]
             out.narrow(_SEQUENCE_DIM, a, b - a).copy_(handle.wait())
-    except BaseException:
-        # The buffers must not be given out again while the communicator may still use them.
-        for handle in started:
-            with contextlib.suppress(Exception):
-                handle.wait()
-        raise
     return out
 
 
