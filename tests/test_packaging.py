@@ -118,6 +118,8 @@ ALLOWED = {
     "checkpoint": {"layers", "models", "comm", "ops"},
     "models": {"layers", "ops", "comm"},
     "inference": {"models", "checkpoint", "layers", "ops", "comm"},
+    "integrations": {"inference", "models", "checkpoint", "layers", "ops", "comm"},
+    "planning": {"models", "checkpoint"},
     "testing": {"comm", "ops", "_native", "version"},
 }
 # Leaves that may be imported from everywhere: which slice a rank owns; how ranks share a GPU.

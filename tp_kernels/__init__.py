@@ -37,9 +37,10 @@ _HOMES = {
     "tp_kernels.checkpoint": ["CheckpointError", "DistributedCheckpointLoader", "load_model"],
     "tp_kernels.models": ["ModelConfig", "ParallelCausalLM"],
     "tp_kernels.inference": ["GenerationResult", "generate", "load_tokenizer"],
+    "tp_kernels.integrations": ["apply_tp_kernels", "from_pretrained"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBMODULES = ("checkpoint", "comm", "inference", "layers", "models", "ops", "testing")
+_SUBMODULES = ("checkpoint", "comm", "inference", "integrations", "layers", "models", "ops", "planning", "testing")
 
 __all__ = ["__version__", *_HOME_OF]
 
