@@ -15,9 +15,11 @@ from tp_kernels.comm.paths import (
     ONE_SHOT,
     OPERATIONS,
     SYMM,
+    TRITON,
     TWO_SHOT,
     allowed_paths,
     default_table,
+    nearest_dtypes,
     ranges,
     route,
     table_file,
@@ -133,6 +135,55 @@ def test_measured_table_survives_json():
     assert table.with_measured(json.loads(json.dumps(MEASURED))) == table.with_measured(MEASURED)
 
 
+def by_dtype(**tables):
+    rows = {name: {"all_reduce": [{"bytes": 1 << 20, "us": us}]} for name, us in tables.items()}
+    return {**MEASURED, "us": rows}
+
+
+def test_every_dtype_has_figures_of_its_own():
+    table = default_table(4).with_measured(
+        by_dtype(
+            bfloat16={ONE_SHOT: 2.0, TWO_SHOT: 3.0}, float16={LAMPORT: 1.0}, float32={ONE_SHOT: 3.0, TWO_SHOT: 2.0}
+        )
+    )
+    expected = {"bfloat16": ONE_SHOT, "float16": LAMPORT, "float32": TWO_SHOT}
+    for dtype, path in expected.items():
+        assert route("all_reduce", 1000, 4, "ordered", EVERY, table, dtype=dtype) == path
+    # Others take the nearest: twice or half the size before four times or a quarter.
+    for dtype, path in {"float64": TWO_SHOT, "int64": TWO_SHOT, "float8_e4m3fn": ONE_SHOT, "bool": ONE_SHOT}.items():
+        assert route("all_reduce", 1000, 4, "ordered", EVERY, table, dtype=dtype) == path
+
+
+def test_a_dtype_without_figures_takes_those_of_the_nearest():
+    assert nearest_dtypes("float16") == ("float16", "bfloat16", "float32")
+    assert nearest_dtypes("float32") == ("float32", "bfloat16", "float16")
+    table = default_table(4).with_measured(by_dtype(float16={TWO_SHOT: 1.0}))
+    for dtype in ("bfloat16", "float16", "float32", "int8"):
+        assert route("all_reduce", 1000, 4, "ordered", EVERY, table, dtype=dtype) == TWO_SHOT
+        assert route("all_reduce_norm", 1000, 4, "ordered", EVERY[:3], table, dtype=dtype) == LAMPORT  # the defaults
+    empty = {**MEASURED, "us": {"float32": {"all_reduce": []}, "bfloat16": MEASURED["us"]}}
+    both = (default_table(4).with_measured(content) for content in (empty, MEASURED))
+    assert len({route("all_reduce", 1 << 20, 4, "any", EVERY, table, dtype="float32") for table in both}) == 1
+
+
+def test_tables_from_before_there_were_dtypes_are_those_of_bfloat16():
+    table = default_table(4)
+    assert table.with_measured(MEASURED) == table.with_measured({**MEASURED, "us": {"bfloat16": MEASURED["us"]}})
+
+
+def test_triton_stands_in_where_the_cuda_kernels_are_not():
+    alone = (TRITON, SYMM, "gloo")
+    for table in TABLES:
+        for nbytes in SIZES:
+            assert route("all_reduce", nbytes, 4, "ordered", alone, table) == TRITON
+            assert route("all_reduce", nbytes, 4, "ordered", (TRITON, *EVERY), table) != TRITON
+            assert route("all_reduce_norm", nbytes, 4, "ordered", (TRITON,), table) == TRITON
+            assert route("all_reduce_norm", nbytes, 4, "ordered", (TRITON, ONE_SHOT, LAMPORT), table) != TRITON
+    rows = [{"bytes": 8192, "us": {TRITON: 1.0, LAMPORT: 2.0, ONE_SHOT: 3.0}}]
+    measured = default_table(4).with_measured({**MEASURED, "us": {"bfloat16": {"all_reduce_norm": rows}}})
+    assert route("all_reduce_norm", 8192, 4, "ordered", (TRITON, *EVERY), measured) == TRITON
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -144,6 +195,9 @@ def test_measured_table_survives_json():
         {"gpu": "x", "measured": "y", "us": {"all_reduce": [{"bytes": 8, "us": {"nccl": -1.0}}]}},
         {"gpu": "x", "measured": "y", "us": {"all_reduce": [{"bytes": 8, "us": {}}, {"bytes": 8, "us": {}}]}},
         {"gpu": "x", "measured": "y", "us": {"reduce_all": []}},
+        {"gpu": "x", "measured": "y", "us": {"int7": {"all_reduce": []}}},
+        {"gpu": "x", "measured": "y", "us": {"float16": {"reduce_all": []}}},
+        {"gpu": "x", "measured": "y", "us": {"float16": {"all_reduce": [{"bytes": 0, "us": {"nccl": 1.0}}]}}},
     ],
 )
 def test_what_is_no_table_is_refused(content):

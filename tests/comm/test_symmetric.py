@@ -1,6 +1,13 @@
 """Symmetric memory without a GPU: layout, choice of algorithm, arguments, errors. Tier: no device, CPU threads."""
 
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +15,8 @@ import torch.distributed as dist
 
 from tp_kernels._native import native
 from tp_kernels.comm import symmetric_sizes as sizes
-from tp_kernels.comm.errors import CommAbortedError, CommTimeoutError
+from tp_kernels.comm.errors import CommAbortedError, CommMismatchError, CommTimeoutError, PeerDiedError
+from tp_kernels.comm.nccl_peers import Peers
 from tp_kernels.comm.symmetric import SymmetricMemoryCommunicator, SymmetricMemoryUnavailable
 from tp_kernels.comm.symmetric_calls import KernelCalls
 from tp_kernels.comm.symmetric_workspace import ErrorRecord, Workspace
@@ -20,8 +28,36 @@ def test_constants_are_those_of_the_kernels():
     theirs = native.cuda_peer_constants()
     for name in ("max_world", "alignment", "pack_bytes", "flag_bytes", "lamport_bytes", "lamport_buffers"):
         assert getattr(sizes, name.upper()) == theirs[name], name
-    for name in ("error_bytes", "max_row_packs", "max_lamport_row_packs"):
+    for name in ("error_bytes", "max_row_packs", "max_lamport_row_packs", "max_blocks", "empty_word", "error_magic"):
         assert getattr(sizes, name.upper()) == theirs[name], name
+
+
+def test_offsets_of_the_flags_are_those_of_the_kernels(tmp_path):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is installed")
+    facts = {
+        "offsetof(Flags, signal)": 0,
+        "sizeof(Flags::signal[0])": 8 * sizes.MAX_WORLD,
+        "offsetof(Flags, state)": sizes.STATE_OFFSET,
+        "sizeof(BlockState)": sizes.STATE_BYTES,
+        "offsetof(BlockState, calls)": 0,
+        "offsetof(Flags, failed)": sizes.FAILED_OFFSET,
+        **{f"offsetof(ErrorRecord, {name})": getattr(ErrorRecord, name).offset for name, _ in ErrorRecord._fields_},
+        "signal_value(5, 1)": 5 * 4 + 1 + 1,  # as the Triton kernels have it
+        "half_of(3)": 1,
+    }
+    lines = [f"static_assert({expression} == {value});" for expression, value in facts.items()]
+    source = tmp_path / "offsets.cpp"
+    source.write_text("\n".join(['#include "kernels/peer_layout.h"', "using namespace tpk::peer;", *lines]))
+    folder = Path(__file__).resolve().parents[2] / "csrc"
+    run = subprocess.run(
+        [compiler, "-std=c++17", "-Wno-invalid-offsetof", "-fsyntax-only", "-I", str(folder), str(source)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("max_bytes", [1, 4096, (1 << 20) + 5, 64 << 20])
@@ -219,3 +255,179 @@ def test_all_ranks_hear_why_one_cannot():
 def test_a_rank_that_does_not_come_is_named():
     with pytest.raises(CommTimeoutError, match=r"never arrived: ranks \[1\]"):
         SymmetricMemoryCommunicator.create(0, 2, "tp", dist.HashStore(), None, torch.device("cpu"), timeout=0.2)
+
+
+# Other ranks: what differs, who died ---------------------------------------------------------------------------------
+
+
+def on_threads(function, world=2):
+    """``function(rank)`` on a thread for each rank; results or errors in rank order."""
+    found = [None] * world
+
+    def main(rank):
+        try:
+            found[rank] = function(rank)
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def checked(store, rank, timeout=10.0):
+    """A communicator in check mode over CPU tensors whose kernels do nothing."""
+    workspace = FakeWorkspace()
+    workspace.data = workspace.flags = [0, 0]
+    workspace.record_address = 0
+    peers = Peers(store, rank, 2, "tp", {}, timeout)
+    return SymmetricMemoryCommunicator(workspace, rank, 2, "tp", timeout, 8, peers=peers, check=True)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(KernelCalls, "launch", lambda self, function, *arguments: None)
+    for name in ("cuda_peer_all_reduce", "cuda_peer_all_reduce_norm", "cuda_reduce_buffers"):
+        monkeypatch.setattr(native, name, lambda *_: None, raising=False)
+
+
+W = torch.ones(8)
+DIFFERENT = {
+    "shape": (lambda c: c.all_reduce(torch.ones(3)), lambda c: c.all_reduce(torch.ones(4)), "shape=[3]", "shape=[4]"),
+    "dtype": (
+        lambda c: c.all_reduce(torch.ones(4)),
+        lambda c: c.all_reduce(torch.ones(8, dtype=torch.bfloat16)[:4]),
+        "dtype=float32",
+        "dtype=bfloat16",
+    ),
+    "order": (lambda c: c.all_reduce(torch.ones(3)), lambda c: c.broadcast(torch.ones(3)), "all_reduce", "broadcast"),
+    "root": (lambda c: c.broadcast(W), lambda c: c.broadcast(W, 1), "src=0", "src=1"),
+    "sizes": (
+        lambda c: c.all_gather(torch.ones(3), sizes=[3, 4]),
+        lambda c: c.all_gather(torch.ones(5), sizes=[3, 5]),
+        "sizes=[3, 4]",
+        "sizes=[3, 5]",
+    ),
+    "algorithm": (
+        lambda c: c.all_reduce(W, algorithm="one_shot"),
+        lambda c: c.all_reduce(W, algorithm="two_shot"),
+        "algorithm=one_shot",
+        "algorithm=two_shot",
+    ),
+    "bias": (
+        lambda c: c.all_reduce_add_rms_norm(W, W, W, 1e-6),
+        lambda c: c.all_reduce_add_rms_norm(W, W, W, 1e-6, bias=W),
+        "bias=False",
+        "bias=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_check_mode_says_who_called_what(no_kernels, what):
+    *calls, first, second = DIFFERENT[what]
+    store = dist.HashStore()
+
+    def rank_main(rank):
+        communicator = checked(store, rank)
+        communicator.all_reduce(torch.ones(5))  # equal on both
+        # Parts along the gathered dimension may differ.
+        communicator._calls.begin("all_gather", torch.ones(3 + rank), shape=[])
+        with pytest.raises(CommMismatchError) as caught:
+            calls[rank](communicator)
+        with pytest.raises(CommAbortedError, match="ranks called different collectives"):
+            communicator.barrier()
+        return caught.value
+
+    for error in on_threads(rank_main):
+        assert isinstance(error, CommMismatchError), error
+        assert error.ranks == (0, 1) and error.sequence == 3 and error.group == "tp"
+        zeroth, last = str(error).split("rank 0: ")[1].split("rank 1: ")
+        assert first in zeroth and second in last, error
+
+
+def test_parts_of_a_gather_may_differ_along_its_dimension(no_kernels, monkeypatch):
+    store, seen = dist.HashStore(), []
+    compare = KernelCalls._compare
+    monkeypatch.setattr(
+        KernelCalls,
+        "_compare",
+        lambda self, operation, x, timeout, facts: [seen.append(facts), compare(self, operation, x, timeout, facts)],
+    )
+    monkeypatch.setattr(SymmetricMemoryCommunicator, "_gather", lambda self, x, shapes, timeout: [x])
+
+    def rank_main(rank):
+        checked(store, rank).all_gather(torch.ones(2, 3 + rank), dim=-1, sizes=[3, 4])
+
+    assert on_threads(rank_main) == [None, None] and [facts["shape"] for facts in seen] == [[2], [2]]
+
+
+def test_check_mode_names_a_rank_that_does_not_call(no_kernels):
+    store = dist.HashStore()
+
+    def rank_main(rank):
+        communicator = checked(store, rank, timeout=0.3)
+        if rank == 0:
+            communicator.all_reduce(torch.ones(5))
+
+    error, nothing = on_threads(rank_main)
+    assert isinstance(error, CommTimeoutError) and error.ranks == (1,) and nothing is None
+
+
+def test_a_rank_that_was_killed_is_told_from_one_that_is_late():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        workspace = FakeWorkspace()
+        peers = Peers.__new__(Peers)
+        peers._pids = {1: process.pid}
+        made = SymmetricMemoryCommunicator(workspace, 0, 2, "tp", 5.0, 8, peers=peers)
+        late = SymmetricMemoryCommunicator(workspace, 0, 2, "tp", 5.0, 8, peers=peers)
+        give_up(workspace.record, ErrorRecord.SIGNAL, 0)
+        with pytest.raises(CommTimeoutError) as caught:
+            late.check()
+        assert type(caught.value) is CommTimeoutError
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+        with pytest.raises(PeerDiedError, match=r"waiting for rank 1 .*the process of rank 1 has ended") as caught:
+            made.check()
+        assert caught.value.ranks == (1,)
+        with pytest.raises(CommAbortedError, match="has ended"):
+            made.barrier()
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+class PendingEvent:
+    """An event of a kernel that ends when the host says stop."""
+
+    record_of: ErrorRecord
+
+    def record(self, stream):
+        pass
+
+    def query(self):
+        return self.record_of.magic == ErrorRecord.STOP
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_closing_does_not_wait_for_a_dead_rank(monkeypatch, dead):
+    workspace = FakeWorkspace()
+    workspace.close = lambda: None
+    peers = Peers.__new__(Peers)
+    peers.dead = lambda: [1] if dead else []
+    made = SymmetricMemoryCommunicator(workspace, 0, 2, "tp", 5.0, 8, peers=peers)
+    monkeypatch.setattr(PendingEvent, "record_of", workspace.record, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", PendingEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    sleeps = itertools.count()
+    monkeypatch.setattr("time.sleep", lambda seconds: next(sleeps))
+    monkeypatch.setattr("tp_kernels.comm.symmetric_calls._CLOSE_PATIENCE", 0.05)
+    made.close()
+    assert workspace.record.magic == ErrorRecord.STOP
+    assert (next(sleeps) == 0) == dead  # else the kernels get their time first

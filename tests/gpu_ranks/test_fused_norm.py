@@ -45,8 +45,11 @@ def operands(rows, width, dtype, world, biased):
     return partials, residual, weight, random((width,), dtype, 9) if biased else None
 
 
-def algorithms(rows, width, dtype):
+def algorithms(rows, width, dtype, world, rounded):
     found = ["one_shot", "two_shot"]
+    # Triton compiles a kernel for every width, number of ranks and option: a second each.
+    if world < 4 and ((width == 4096 and rows > 1) or (width == 1001 and rounded)):
+        found.append("triton")
     if row_packs(width, dtype.itemsize) <= MAX_LAMPORT_ROW_PACKS and rows <= 4 * lamport_rows(width, dtype.itemsize):
         found.append("lamport")  # in up to four parts
     return found
@@ -61,7 +64,7 @@ def kernels(symm, group, dtypes):
         for rounded in (True, False):
             expected = ops.all_reduce_add_rms_norm_reference(partials, residual, weight, 1e-5, bias, rounded)
             first = None
-            for algorithm in algorithms(rows, width, dtype):
+            for algorithm in algorithms(rows, width, dtype, world, rounded):
                 what = f"{algorithm}, {rows} x {width} {dtype}, bias={biased}, rounded={rounded}"
                 options = dict(bias=bias, round_before_norm=rounded, algorithm=algorithm)
                 results = symm.all_reduce_add_rms_norm(partials[rank].clone(), residual, weight, 1e-5, **options)
@@ -69,11 +72,7 @@ def kernels(symm, group, dtypes):
                     first = results
                     assert torch.equal(results[1], expected[1]), f"{what}: the sum has other bits"
                     for i, name in enumerate(("normed", "sum")):
-                        # In fp32 the hardware's reciprocal root is a few ulps off; elsewhere rounding hides that.
-                        factor = 4.0 if dtype is torch.float32 else 2.0
-                        assert_close_to_reference(
-                            results[i], expected[i], exact[i], factor=factor, name=f"{what}: {name}"
-                        )
+                        assert_close_to_reference(results[i], expected[i], exact[i], name=f"{what}: {name}")
                 for a, b in zip(results, first, strict=True):
                     assert torch.equal(a, b), f"{what}: other bits than one-shot"
                 shared = symm.get_buffer((rows, width), dtype)
@@ -104,6 +103,7 @@ def separate(symm, group):
         normed, summed = ops.all_reduce_add_rms_norm(mine.clone(), residual, weight, 1e-6, group, bias)
         expected = ops.add_rms_norm(symm.all_reduce(mine) + bias, residual, weight, 1e-6)
         assert torch.equal(summed, expected[1]), f"{rows} x {width}: the sum has other bits"
+        # Other orders of the sum of squares: the rounding before the weight and the one after it, 2^-8 each.
         torch.testing.assert_close(normed, expected[0], rtol=2**-7, atol=0)
 
 
@@ -157,6 +157,7 @@ def model_passes(symm, group):
             assert norms == (4 * 6 if fused else 0)
         scale = results[False].float().abs().max()
         difference = (results[True].float() - results[False].float()).abs().max()
+        # Six norms, each of which may round otherwise by 2^-8: as independent errors 0.0096; this is twice that.
         assert difference <= 0.02 * scale, f"logits differ by {difference} of {scale}"
         hidden = torch.randn(2, 1, 256, device="cuda", dtype=torch.bfloat16)
         hidden = symm.broadcast(hidden)

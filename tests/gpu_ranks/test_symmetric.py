@@ -8,6 +8,8 @@ import uuid
 import pytest
 import torch
 
+from tp_kernels import ops
+from tp_kernels.comm import symmetric
 from tp_kernels.comm.errors import CommAbortedError, CommTimeoutError
 from tp_kernels.comm.symmetric import SymmetricMemoryUnavailable
 from tp_kernels.testing.numeric import integers
@@ -131,6 +133,72 @@ def test_calls_of_alternating_sizes_and_algorithms(gpu_ranks, world_size):
     run(gpu_ranks, world_size, alternating, (200,))
 
 
+# The Triton kernels --------------------------------------------------------------------------------------------------
+
+
+def triton_sums(symm):
+    rank, world = symm.rank, symm.world_size
+    assert "triton" in symm.algorithms and "one_shot" in symm.algorithms
+    for seed, (dtype, n) in enumerate(itertools.product(DTYPES, (4099, (1 << 19) + 5))):
+        expected, what = total(n, dtype, seed, world), f"triton, {n} {dtype}"
+        x = operand(n, dtype, seed, rank)
+        exact(symm.all_reduce(x, algorithm="triton"), expected, f"{what}, out of place")
+        exact(symm.all_reduce(x, algorithm="one_shot"), expected, f"{what}, then CUDA's")  # one count of calls
+        exact(symm.all_reduce(x, out=x, algorithm="triton"), expected, f"{what}, in place")
+        shared = symm.get_buffer((n,), dtype)
+        if shared is not None:
+            shared.copy_(operand(n, dtype, seed, rank))
+            exact(symm.all_reduce(shared, algorithm="triton"), expected, f"{what}, shared operand")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_sums_by_the_triton_kernel(gpu_ranks, world_size):
+    run(gpu_ranks, world_size, triton_sums)
+
+
+def without_cuda(group, tag):
+    """A communicator as a native core without CUDA has it: every collective, eager and in a graph."""
+    built = symmetric.has_cuda
+    symmetric.has_cuda = lambda: False
+    try:
+        symm = make_symmetric(group, tag, max_bytes=HALF, timeout=20.0)
+    finally:
+        symmetric.has_cuda = built
+    try:
+        rank, world = symm.rank, symm.world_size
+        assert symm.algorithms == ("triton",)
+        x = operand(5000, torch.bfloat16, 0, rank)
+        exact(symm.all_reduce(x), total(5000, torch.bfloat16, 0, world), "all_reduce")
+        exact(symm.reduce_scatter(x), total(5000, torch.bfloat16, 0, world).chunk(world)[rank], "reduce_scatter")
+        exact(symm.all_gather(x[:7]), torch.cat([operand(5000, x.dtype, 0, r)[:7] for r in range(world)]), "gather")
+        exact(symm.broadcast(x.clone(), 1), operand(5000, torch.bfloat16, 0, 1), "broadcast")
+        symm.barrier()
+        parts = [operand(5000, x.dtype, 9, r).view(5, 1000) for r in range(world)]
+        residual, weight = operand(5000, x.dtype, 10, 0).view(5, 1000), torch.ones(1000, dtype=x.dtype, device="cuda")
+        normed, summed = symm.all_reduce_add_rms_norm(parts[rank], residual, weight, 1e-6)
+        expected = ops.all_reduce_add_rms_norm_reference(parts, residual, weight, 1e-6)
+        exact(summed, expected[1], "all_reduce_add_rms_norm")
+        torch.testing.assert_close(normed, expected[0], rtol=2**-7, atol=0)  # two roundings of 2^-8
+        assert symm.counters["norm_triton"] == 1
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = symm.all_reduce(x)
+            z = symm.all_gather(x[:7])
+        for seed in range(5):
+            x.copy_(operand(5000, x.dtype, seed, rank))
+            graph.replay()
+            exact(y, total(5000, x.dtype, seed, world), f"replay {seed}")
+            exact(z, torch.cat([operand(5000, x.dtype, seed, r)[:7] for r in range(world)]), f"gather {seed}")
+        torch.cuda.synchronize()
+        symm.check()
+    finally:
+        symm.close()
+
+
+def test_everything_without_the_cuda_kernels(gpu_ranks):
+    gpu_ranks(2, backend="gloo").run(without_cuda, uuid.uuid4().hex, timeout=120.0)
+
+
 # CUDA graphs ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +308,9 @@ def absent_peer(symm, algorithm, replayed):
 def test_a_rank_that_does_not_come_is_named(gpu_ranks, algorithm, replayed):
     results = run(gpu_ranks, 2, absent_peer, (algorithm, replayed), timeout=4.0)
     ranks, named, waited = results[0]
-    assert ranks == (1,) and named and 3.0 < waited < 30
+    # The kernel's clock starts after the host's, so at most its resolution can be missing. Above the deadline there is
+    # the host's own time, and without MPS the turns that ranks take on the GPU.
+    assert ranks == (1,) and named and 3.9 < waited < 11
 
 
 def recreated(group, tag, times):
@@ -264,6 +334,7 @@ def recreated(group, tag, times):
 
 def test_made_and_closed_a_hundred_times(gpu_ranks):
     lost = gpu_ranks(2, backend="gloo").run(recreated, uuid.uuid4().hex, 100, timeout=200.0)
+    # Each has 5.8 MB: four parts of 1 MiB, a quarter of one, Lamport buffers. Ninety of them would be 520 MB.
     assert max(lost) < 32 << 20, f"{lost} bytes of device memory are gone"
 
 

@@ -7,20 +7,24 @@ Memory comes from torch's SymmetricMemory (see ``symmetric_workspace``), all-red
     one_shot   every rank reads all data of all ranks
     two_shot   every rank reduces one slice and distributes it
     multimem   two_shot, and multimem_one_shot, added by the NVLink switch; only on request: its sums have other bits
+    triton     one_shot in Triton, for a native core that was built without CUDA; elsewhere on request
 
-Numerics: fp32 sums in rank order, rounded once; the same bits on all ranks and for the first three algorithms, so also
+Numerics: fp32 sums in rank order, rounded once; the same bits on all ranks and for all algorithms but multimem, so also
 for every size. Other dtypes and maxima are gathered and reduced by PyTorch in rank order.
 
 CUDA graphs: every call may be captured; nothing is allocated symmetrically and the host never waits, ``barrier`` apart.
 All ranks make the same calls, replays included, in the same order; calls of one communicator are ordered by one stream
-or by events.
+or by events. A call that one rank captures and others make is one in which that rank does not come until the replay.
 
 Failure: each wait inside a kernel has a deadline. A kernel that gives up says so in host memory, which the next call
-and ``check()`` read: ``CommTimeoutError`` then names the rank waited for. Until someone looks, the results are garbage.
+and ``check()`` read: ``CommTimeoutError`` then names the rank waited for (``PeerDiedError`` if its process has ended).
+Until someone looks, the results are garbage. Ranks that call different things wait for each other, or, where the
+difference does not show in the grids (a dtype, a few elements), add what is not theirs: ``check=True`` finds it.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +32,7 @@ from typing import Any
 import torch
 
 from tp_kernels import one_gpu
-from tp_kernels._native import native
-from tp_kernels.comm import rendezvous
+from tp_kernels._native import has_cuda, native
 from tp_kernels.comm.communicator import (
     DEFAULT_TIMEOUT,
     Communicator,
@@ -41,9 +44,11 @@ from tp_kernels.comm.communicator import (
     gathered_sizes,
     resolve_sizes,
 )
+from tp_kernels.comm.nccl_peers import Peers
 from tp_kernels.comm.symmetric_calls import KERNEL_DTYPES, KernelCalls
 from tp_kernels.comm.symmetric_sizes import (
     ALGORITHMS,
+    CUDA_ALGORITHMS,
     LAMPORT_BYTES,
     MAX_ROW_PACKS,
     PACK_BYTES,
@@ -52,7 +57,13 @@ from tp_kernels.comm.symmetric_sizes import (
     norm_algorithm_for,
     rows_per_call,
 )
-from tp_kernels.comm.symmetric_workspace import SymmetricMemoryUnavailable, Workspace, unavailable_reason
+from tp_kernels.comm.symmetric_workspace import (
+    SymmetricMemoryUnavailable,
+    Workspace,
+    common_algorithms,
+    has_triton,
+    unavailable_reason,
+)
 
 __all__ = ["MAX_BYTES", "SymmetricMemoryCommunicator", "SymmetricMemoryUnavailable"]
 
@@ -70,6 +81,7 @@ class SymmetricMemoryCommunicator(Communicator):
         counters: path -> calls, as made by the host (a captured call counts once).
         fused_norm: offers ``all_reduce_add_rms_norm``.
         max_blocks: the largest grid, agreed by all ranks.
+        algorithms: that all ranks have, multimem apart.
         has_multicast: whether "multimem" can be asked for.
     """
 
@@ -77,13 +89,25 @@ class SymmetricMemoryCommunicator(Communicator):
     numerics = Numerics("float32", "rank", same_bits_on_all_ranks=True, size_dependent=False)
     fused_norm = True
 
-    def __init__(self, workspace: Workspace, rank: int, world_size: int, name: str, timeout: float, max_blocks: int):
+    def __init__(
+        self,
+        workspace: Workspace,
+        rank: int,
+        world_size: int,
+        name: str,
+        timeout: float,
+        max_blocks: int,
+        algorithms: tuple[str, ...] = CUDA_ALGORITHMS,
+        peers: Peers | None = None,
+        check: bool = False,
+    ):
         self.rank, self.world_size, self.name, self.timeout = rank, world_size, name, timeout
-        self.max_blocks = max_blocks
-        self.has_multicast = workspace.multicast != 0
+        self.max_blocks, self.algorithms = max_blocks, algorithms
+        self._has_cuda = "one_shot" in algorithms
+        self.has_multicast = self._has_cuda and workspace.multicast != 0
         self.counters: Counter[str] = Counter()
         self._layout = workspace.layout
-        self._calls = KernelCalls(workspace, rank, world_size, name, timeout, max_blocks)
+        self._calls = KernelCalls(workspace, rank, world_size, name, timeout, max_blocks, algorithms, peers, check)
 
     @classmethod
     def create(
@@ -98,18 +122,21 @@ class SymmetricMemoryCommunicator(Communicator):
         max_bytes: int = MAX_BYTES,
         timeout: float = DEFAULT_TIMEOUT,
         max_blocks: int | None = None,
+        check: bool | None = None,
     ) -> SymmetricMemoryCommunicator:
         """Make the group's memory together with its other ranks.
 
         Args:
             rank, world_size: of this process in the group.
             name: for messages.
-            store: a torch Store with a prefix of this communicator's own; used during creation only.
+            store: a torch Store with a prefix of this communicator's own; used later for check mode only.
             process_group: torch's group of the same ranks, of any backend; SymmetricMemory exchanges handles over it.
             device: of the group's tensors. Ranks may share one; see ``launch --one-gpu``.
             max_bytes: longest message that is not divided; this rank's memory is a little over four times that.
             timeout: seconds to wait for the other ranks, here and by default in every wait of a kernel.
             max_blocks: largest grid; None takes this rank's multiprocessors. The smallest of all ranks counts.
+            check: compare operation, dtype, shape and options over the ranks before each call, through the store: slow,
+                for finding mistakes. None is TP_KERNELS_COMM_CHECK=1.
         Raises:
             SymmetricMemoryUnavailable: on all ranks alike, if any rank could not (no peer access, out of memory).
             CommTimeoutError: a rank did not come; ValueError: for bad arguments.
@@ -124,13 +151,16 @@ class SymmetricMemoryCommunicator(Communicator):
                 device = torch.device("cuda", torch.cuda.current_device())
             if max_blocks is None:
                 max_blocks = one_gpu.own_max_blocks(device)
-        mine = {"error": reason, "max_blocks": max_blocks or 0, "max_bytes": max_bytes}
-        everyone = rendezvous.exchange(
-            store, rank, world_size, mine, timeout, group=name, what="symmetric memory: facts"
-        )
+        if check is None:
+            check = os.environ.get("TP_KERNELS_COMM_CHECK") == "1"
+        mine = {"error": reason, "max_blocks": max_blocks or 0, "max_bytes": max_bytes, "check": bool(check)}
+        mine |= {"cuda": has_cuda(), "triton": has_triton()}
+        peers = Peers(store, rank, world_size, name, mine, timeout)
+        everyone = peers.facts
         for other, facts in enumerate(everyone):
             if facts["error"]:
                 raise SymmetricMemoryUnavailable(f"rank {other}: {facts['error']}")
+        algorithms = common_algorithms(everyone)
         if len({facts["max_bytes"] for facts in everyone}) > 1:
             raise ValueError(
                 f"all ranks must pass the same max_bytes, got {[facts['max_bytes'] for facts in everyone]}"
@@ -140,7 +170,8 @@ class SymmetricMemoryCommunicator(Communicator):
             raise ValueError(f"max_blocks must be positive, got {[facts['max_blocks'] for facts in everyone]}")
         with torch.cuda.device(device):
             workspace = Workspace.create(rank, world_size, name, store, process_group, device, max_bytes, timeout)
-            return cls(workspace, rank, world_size, name, timeout, max_blocks)
+            check = any(facts["check"] for facts in everyone)  # those without would be waited for
+            return cls(workspace, rank, world_size, name, timeout, max_blocks, algorithms, peers, check)
 
     @property
     def sequence(self) -> int:
@@ -179,10 +210,10 @@ class SymmetricMemoryCommunicator(Communicator):
         """As ``Communicator.all_reduce``.
 
         Args:
-            algorithm: one of ``symmetric_sizes.ALGORITHMS``; None takes ``algorithm_for``. The multimem ones need
-                ``has_multicast``.
+            algorithm: one of ``algorithms``, or a multimem one where ``has_multicast``; None takes ``algorithm_for``,
+                or "triton" where nothing else is.
         """
-        self._calls.begin("all_reduce", x)
+        self._calls.begin("all_reduce", x, timeout, op=op, algorithm=algorithm)
         check_reduce_op(op)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -207,15 +238,23 @@ class SymmetricMemoryCommunicator(Communicator):
     def _sum(self, source: torch.Tensor, target: torch.Tensor, algorithm: str | None, timeout: float | None) -> None:
         count, size = source.numel(), source.element_size()
         if algorithm is None:
-            algorithm = algorithm_for(count * size, self.world_size)
-        elif algorithm not in ALGORITHMS:
-            raise ValueError(f"all_reduce: algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+            algorithm = algorithm_for(count * size, self.world_size) if self._has_cuda else "triton"
+        elif algorithm not in (known := self._algorithms(*ALGORITHMS)):
+            raise ValueError(f"all_reduce: algorithm must be one of {', '.join(known)}, got {algorithm!r}")
         self.counters[algorithm] += 1
         step = (LAMPORT_BYTES if algorithm == "lamport" else self._layout.half_bytes) // size
+        if algorithm == "triton":
+            for piece, result in zip(source.view(-1).split(step), target.view(-1).split(step), strict=True):
+                self._calls.triton_sum(piece, result, timeout)
+            return
         at, to = source.data_ptr(), target.data_ptr()
         for start in range(0, count, step):
             done, piece = start * size, min(step, count - start)
             self._calls.all_reduce(algorithm, at + done, to + done, piece, source.dtype, timeout)
+
+    def _algorithms(self, *of_cuda: str) -> list[str]:
+        """What may be asked for, with the native kernels' share of it given."""
+        return [*(of_cuda if self._has_cuda else ()), *(name for name in self.algorithms if name == "triton")]
 
     # All-reduce + norm -----------------------------------------------------------------------------------------------
 
@@ -247,12 +286,13 @@ class SymmetricMemoryCommunicator(Communicator):
             gather_sum: False leaves the sum valid only in the rows that this rank reduces, which is all that the next
                 call of the same shape and algorithm reads of its residual. Two-shot then moves less.
             out: for the normed rows: a tensor of ``get_buffer(..., use="output")`` saves a copy; None allocates.
-            algorithm: "lamport", "one_shot" or "two_shot"; None takes ``norm_algorithm_for``.
+            algorithm: one of ``algorithms``; None takes ``norm_algorithm_for``, or "triton" where nothing else is.
             timeout: deadline of a wait in seconds.
         Raises:
             ValueError: operands that do not fit together; see ``fuses_norm``.
         """
-        self._calls.begin("all_reduce_add_rms_norm", partial)
+        facts = {"bias": bias is not None, "eps": eps, "round": round_before_norm, "gather": gather_sum}
+        self._calls.begin("all_reduce_add_rms_norm", partial, timeout, algorithm=algorithm, **facts)
         width, dtype, size = partial.shape[-1], partial.dtype, partial.element_size()
         step = rows_per_call(width, size, self._layout.half_bytes)
         if step < 1 or dtype not in KERNEL_DTYPES:
@@ -266,14 +306,20 @@ class SymmetricMemoryCommunicator(Communicator):
         normed = torch.empty_like(partial) if out is None else out
         summed = torch.empty_like(partial)
         if algorithm is None:
-            algorithm = norm_algorithm_for(rows, width, size, self.world_size)
-        elif algorithm not in ("lamport", "one_shot", "two_shot"):
-            raise ValueError(
-                f"all_reduce_add_rms_norm: algorithm must be one of lamport, one_shot, two_shot, got {algorithm!r}"
-            )
+            algorithm = norm_algorithm_for(rows, width, size, self.world_size) if self._has_cuda else "triton"
+        elif algorithm not in self.algorithms:
+            names = ", ".join(self.algorithms)
+            raise ValueError(f"all_reduce_add_rms_norm: algorithm must be one of {names}, got {algorithm!r}")
         if algorithm == "lamport":
             step = max(1, min(step, lamport_rows(width, size)))
         self.counters[f"norm_{algorithm}"] += 1
+        if algorithm == "triton":
+            for start in range(0, rows, step):
+                x, old, new, total = (
+                    t.view(rows, width)[start : start + step] for t in (partial, residual, normed, summed)
+                )
+                self._calls.triton_norm((x, bias, old, weight, new, total), eps, round_before_norm, timeout)
+            return normed, summed
         x_at, residual_at, weight_at = partial.data_ptr(), residual.data_ptr(), weight.data_ptr()
         normed_at, summed_at = normed.data_ptr(), summed.data_ptr()
         bias_at = 0 if bias is None else bias.data_ptr()
@@ -296,12 +342,17 @@ class SymmetricMemoryCommunicator(Communicator):
     # Other collectives -----------------------------------------------------------------------------------------------
 
     def reduce_scatter(self, x, op="sum", *, dim=0, sizes=None, timeout=None):
-        workspace = self._calls.begin("reduce_scatter", x)
+        workspace = self._calls.begin("reduce_scatter", x, timeout, op=op, dim=dim, sizes=_listed(sizes))
         check_reduce_op(op)
         dim = check_dim(x, dim, "reduce_scatter")
         sizes = resolve_sizes(x.shape[dim], sizes, self.world_size, "reduce_scatter")
         if op != "sum" or x.dtype not in KERNEL_DTYPES:
             return self._gathered_reduction(x, op, timeout).split(sizes, dim)[self.rank].contiguous()
+        if not self._has_cuda:  # the sum of everything, by the one kernel there is
+            source = x.detach().contiguous()
+            total = torch.empty_like(source)
+            self._sum(source, total, None, timeout)
+            return total.split(sizes, dim)[self.rank].contiguous()
         self.counters["reduce_scatter"] += 1
         parts = [part.reshape(-1) for part in x.detach().split(sizes, dim)]
         out = x.new_empty((*x.shape[:dim], sizes[self.rank], *x.shape[dim + 1 :]))
@@ -323,7 +374,9 @@ class SymmetricMemoryCommunicator(Communicator):
         return out
 
     def all_gather(self, x, *, dim=0, sizes=None, timeout=None):
-        self._calls.begin("all_gather", x)
+        # Along ``dim`` the parts may differ; what they are together is in ``sizes``.
+        shape = [extent for i, extent in enumerate(x.shape) if sizes is None or i != dim % max(1, x.dim())]
+        self._calls.begin("all_gather", x, timeout, shape=shape, dim=dim, sizes=_listed(sizes))
         dim = check_dim(x, dim, "all_gather")
         sizes = gathered_sizes(x.shape[dim], sizes, self.rank, self.world_size)
         self.counters["all_gather"] += 1
@@ -331,7 +384,7 @@ class SymmetricMemoryCommunicator(Communicator):
         return torch.cat(self._gather(x, shapes, timeout), dim)
 
     def broadcast(self, x, src=0, *, timeout=None):
-        workspace = self._calls.begin("broadcast", x)
+        workspace = self._calls.begin("broadcast", x, timeout, src=src)
         check_root(src, self.world_size)
         self.counters["broadcast"] += 1
         target = x.detach().contiguous()
@@ -350,7 +403,7 @@ class SymmetricMemoryCommunicator(Communicator):
 
     def barrier(self, *, timeout=None):
         """As ``Communicator.barrier``: the host waits, unless the stream is being captured."""
-        self._calls.begin("barrier")
+        self._calls.begin("barrier", None, timeout)
         self.counters["barrier"] += 1
         self._calls.meet(timeout)
         if not torch.cuda.is_current_stream_capturing():
@@ -402,6 +455,10 @@ class SymmetricMemoryCommunicator(Communicator):
 
     def __repr__(self) -> str:
         return f"SymmetricMemoryCommunicator(name={self.name!r}, rank={self.rank}, world_size={self.world_size})"
+
+
+def _listed(sizes: Sequence[int] | None) -> list[int] | None:
+    return None if sizes is None else list(sizes)
 
 
 def _bytes(flat: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "ALGORITHMS",
+    "CUDA_ALGORITHMS",
     "Layout",
     "algorithm_for",
     "lamport_limit",
@@ -21,15 +22,28 @@ __all__ = [
 
 # Twins of csrc/kernels/peer_layout.h.
 ALGORITHMS = {"one_shot": 0, "two_shot": 1, "multimem": 2, "lamport": 3, "multimem_one_shot": 4}
+# Of these, what needs no multicast and can be followed by the norm.
+CUDA_ALGORITHMS = ("one_shot", "two_shot", "lamport")
 ALIGNMENT = 1024
 PACK_BYTES = 16
 MAX_WORLD = 16
+MAX_BLOCKS = 64
 FLAG_BYTES = 16 << 10
+# In a rank's flags: BlockState of every block, behind signal[MAX_BLOCKS][MAX_WORLD]; then ``failed``.
+STATE_OFFSET = 8 * MAX_BLOCKS * MAX_WORLD
+STATE_BYTES = 32
+FAILED_OFFSET = STATE_OFFSET + STATE_BYTES * MAX_BLOCKS
 LAMPORT_BYTES = 256 << 10
 LAMPORT_BUFFERS = 3
+EMPTY_WORD = 0x80000000
 ERROR_BYTES = 64
+ERROR_MAGIC = 0x54504B45
 MAX_ROW_PACKS = 2048
 MAX_LAMPORT_ROW_PACKS = 1024
+# Packs whose squares are added before those of the next: 512 bytes of a row (csrc/kernels/peer_norm.cuh).
+CHUNK_PACKS = 32
+# fp32 of memory that the Triton kernels need: for every block two sets of a row's chunks, used in turn.
+SCRATCH_FLOATS = MAX_BLOCKS * 2 * (MAX_ROW_PACKS // CHUNK_PACKS)
 
 # Messages up to these sizes go by one step instead of two. A push costs the sender world_size - 1 times the message:
 # FlashInfer's MNNVL kernels push while all copies together are within 1 MiB, SGLang's on Hopper up to 384 KB at 4 ranks
@@ -108,6 +122,9 @@ class Layout:
 
 def layout_of(world_size: int, max_bytes: int) -> Layout:
     """The workspace of a rank for messages of up to ``max_bytes`` without dividing them.
+
+    Twin of ``layout_of`` in csrc/kernels/peer_layout.h, for which ``inputs``, ``outputs`` and ``mailbox`` are one
+    registered area: the same offsets and the same total, which tests/comm/test_symmetric.py compares.
 
     Raises:
         ValueError: a number of ranks or of bytes that the kernels do not take.

@@ -17,15 +17,32 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from tp_kernels._native import has_cuda, native
+from tp_kernels._native import has_cuda
 from tp_kernels.comm import rendezvous
-from tp_kernels.comm.symmetric_sizes import ALIGNMENT, ERROR_BYTES, Layout, layout_of
+from tp_kernels.comm.symmetric_sizes import (
+    ALIGNMENT,
+    CUDA_ALGORITHMS,
+    EMPTY_WORD,
+    ERROR_BYTES,
+    FLAG_BYTES,
+    Layout,
+    layout_of,
+)
 
-__all__ = ["ErrorRecord", "SymmetricMemoryUnavailable", "Workspace", "unavailable_reason"]
+__all__ = [
+    "ErrorRecord",
+    "SymmetricMemoryUnavailable",
+    "Workspace",
+    "common_algorithms",
+    "has_triton",
+    "unavailable_reason",
+]
 
 # Not at import: it takes a while, and few processes need it.
 _SYMMETRIC_MEMORY = "torch.distributed._symmetric_memory"
@@ -65,6 +82,7 @@ class Workspace:
         multicast: address at which half 0 of all ranks is written and added by the switch, or 0.
         mailboxes: for every rank, its mailbox as uint8.
         record: the host's error record, and ``record_address`` as the kernels know it.
+        table: int64 on the device: ``data``, ``flags`` and ``record_address``, as the Triton kernels read them.
     """
 
     def __init__(self, layout: Layout, memory: torch.Tensor, handle: Any, rank: int, shift: int):
@@ -91,6 +109,7 @@ class Workspace:
         self._pinned = torch.zeros(ERROR_BYTES, dtype=torch.uint8, pin_memory=True)
         self.record_address = self._pinned.data_ptr()
         self.record = ErrorRecord.from_address(self.record_address)
+        self.table = torch.tensor([*self.data, *self.flags, self.record_address], device=memory.device)
         self._views: dict[Any, torch.Tensor] = {}
 
     @classmethod
@@ -139,13 +158,18 @@ class Workspace:
             raise SymmetricMemoryUnavailable("the ranks' allocations are not aligned alike")
         try:
             workspace = cls(layout, memory, handle, rank, shift)
-            stream = torch.cuda.current_stream(device)
-            native.cuda_peer_prepare(workspace.flags[rank], world_size, stream.cuda_stream)
-            stream.synchronize()
+            workspace.prepare()
+            torch.cuda.current_stream(device).synchronize()
         except Exception as problem:
             error = problem
         agree("prepare", error)
         return workspace
+
+    def prepare(self) -> None:
+        """Lower all flags and empty the Lamport buffers of this rank, on the current stream."""
+        lamport = self.layout.flags + FLAG_BYTES
+        self._base[self.layout.flags : lamport].zero_()
+        self._base[lamport : self.layout.total_bytes].view(torch.int32).fill_(EMPTY_WORD - (1 << 32))
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The own memory from ``offset`` on as a contiguous tensor; the same object for the same arguments."""
@@ -169,10 +193,32 @@ class Workspace:
         self._base = self._memory = self._handle = None
 
 
+def has_triton() -> bool:
+    """Whether the Triton twins of the kernels can be compiled here."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def common_algorithms(everyone: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What all ranks can run, by their facts.
+
+    Raises:
+        SymmetricMemoryUnavailable: nothing.
+    """
+    cuda, triton = (all(facts[kind] for facts in everyone) for kind in ("cuda", "triton"))
+    found = (*(CUDA_ALGORITHMS if cuda else ()), *(("triton",) if triton else ()))
+    if not found:
+        lists = "; ".join(
+            f"rank {rank}: {' and '.join(kind for kind in ('cuda', 'triton') if facts[kind]) or 'none'}"
+            for rank, facts in enumerate(everyone)
+        )
+        raise SymmetricMemoryUnavailable(f"the ranks have no kernels in common ({lists})")
+    return found
+
+
 def unavailable_reason(device: torch.device) -> str:
     """Why this rank cannot have a workspace on ``device``, as far as it can tell alone; "" if it may."""
-    if not has_cuda():
-        return "the native core was built without CUDA"
+    if not has_cuda() and not has_triton():
+        return "the native core was built without CUDA, and Triton is not installed"
     if device.type != "cuda":
         return f"the group's tensors are on {device.type}"
     if torch.cuda.get_device_capability(device) < (8, 0):

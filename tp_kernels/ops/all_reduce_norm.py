@@ -10,9 +10,10 @@ each round to the dtype, as separate ops do; then comes ``ops.add_rms_norm``'s n
 bits of ``group.all_reduce`` followed by ``ops.add_rms_norm``, on every communicator that adds in rank order. Without
 it, everything between the operands and the two results is fp32, and each result is rounded once.
 
-The fused kernel (csrc/kernels/peer_norm.cu) runs where the group's communicator offers it (``fused_norm``) and no
-gradient is needed. One kernel takes the place of an all-reduce and a norm; from a few hundred rows on, every rank
-normalises only the rows that it has reduced, while the separate norm would be repeated by all ranks over all rows.
+The fused kernel (csrc/kernels/peer_norm.cu; where the native core was built without CUDA its Triton twin,
+ops/kernels/peer_norm.py) runs where the group's communicator offers it (``fused_norm``) and no gradient is needed. One
+kernel takes the place of an all-reduce and a norm; from a few hundred rows on, every rank normalises only the rows that
+it has reduced, while the separate norm would be repeated by all ranks over all rows.
 """
 
 from __future__ import annotations

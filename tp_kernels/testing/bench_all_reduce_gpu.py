@@ -14,7 +14,8 @@ Sums:
 
 Norms, of [tokens, hidden]: ``all_reduce`` alone (ours), ``all_reduce_norm`` (it, then ``ops.add_rms_norm``),
 ``torch_all_reduce`` (one-shot up to 256 KB, else two-shot), ``torch_norm`` (that, then ``ops.add_rms_norm``), ``fused``
-as decoder layers call it (sums not gathered) and ``fused_gathered``.
+as decoder layers call it (sums not gathered), ``fused_gathered``, and up to 64 tokens ``fused_triton``, the one-shot
+kernel that stands in where the CUDA ones were not built.
 
 Ranks that share a GPU share its memory too: such figures compare two paths, and say nothing about linked GPUs.
 """
@@ -34,6 +35,7 @@ __all__ = ["Options", "add_arguments", "calls_for", "main", "measure", "norm_row
 
 TORCH_DTYPES = ("float32", "bfloat16")  # those that torch.ops.symm_mem adds
 _TORCH_ONE_SHOT = 256 << 10
+_TRITON_TOKENS = 64  # every rank normalises all rows: nothing for prefill
 _PEERS = {"one_shot": "torch_one_shot", "two_shot": "torch_two_shot"}
 
 
@@ -220,6 +222,11 @@ class _Bench:
             ),
             "fused_gathered": (x, lambda: symm.all_reduce_add_rms_norm(x, residual, weight, eps)),
         }
+        if tokens <= _TRITON_TOKENS and "triton" in symm.algorithms:
+            ways["fused_triton"] = (
+                x,
+                lambda: symm.all_reduce_add_rms_norm(x, residual, weight, eps, out=into, algorithm="triton"),
+            )
         if self.torch_memory is not None:
             theirs, torch_ops = self.torch_memory[:n].view(tokens, hidden), torch.ops.symm_mem
             one_shot = n * dtype.itemsize <= _TORCH_ONE_SHOT

@@ -1,4 +1,4 @@
-"""``tp-kernels tune comm``: how long each communication path takes here, by size; the table that ``paths`` reads.
+"""``tp-kernels tune comm``: how long each communication path takes here, by dtype and size; what ``paths`` reads.
 
 Runs on the ranks that it is to measure, started by ``tp-kernels launch`` or torchrun:
 
@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from tp_kernels import one_gpu
 from tp_kernels.comm.communicator import Communicator
 from tp_kernels.comm.paths import (
     LAMPORT,
+    MEASURED_DTYPES,
     NUMERICS,
+    ONE_SHOT,
     SYMM,
+    TRITON,
     allowed_paths,
     default_table,
     describe_bytes,
@@ -35,14 +38,17 @@ from tp_kernels.comm.paths import (
     table_file,
 )
 from tp_kernels.comm.routed import RoutedCommunicator
-from tp_kernels.comm.symmetric_sizes import LAMPORT_BYTES
+from tp_kernels.comm.symmetric_sizes import CUDA_ALGORITHMS, LAMPORT_BYTES
 
-__all__ = ["SIZES", "run", "spread", "summary", "table_of"]
+__all__ = ["SIZES", "order_of", "run", "spread", "summary", "table_of"]
 
 SIZES = tuple(1 << k for k in range(11, 27))  # 2 KB to 64 MB
 _WIDTH = 4096  # of the rows of all_reduce_norm
 _ROUNDS, _TURN_MS, _MOST_CALLS = 9, 2.0, 50
 _OPERATIONS = ("all_reduce", "all_reduce_norm", "all_gather")
+_MOVES = ("all_gather",)  # bytes are bytes: measured once, with the first dtype
+# dtype -> operation -> bytes -> path -> microseconds
+Rows = dict[str, dict[str, dict[int, dict[str, float]]]]
 
 
 def run(minutes: float = 10.0, out: Path | None = None) -> int:
@@ -100,13 +106,26 @@ def spread(sizes: Sequence[int]) -> list[int]:
     return order
 
 
+def order_of(sizes: Sequence[int]) -> Iterator[tuple[int, str, str]]:
+    """(bytes, dtype, operation) in the order of measurement: all dtypes of a size before the next size."""
+    first = next(iter(MEASURED_DTYPES))
+    for nbytes in sizes:
+        for dtype in MEASURED_DTYPES:
+            for operation in _OPERATIONS:
+                if operation not in _MOVES or dtype == first:
+                    yield nbytes, dtype, operation
+
+
 def table_of(
-    rows: Mapping[str, Mapping[int, Mapping[str, float]]], gpu: str, world_size: int, versions: Mapping[str, str]
+    rows: Mapping[str, Mapping[str, Mapping[int, Mapping[str, float]]]],
+    gpu: str,
+    world_size: int,
+    versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """The content of the table's file.
 
     Args:
-        rows: operation -> bytes -> path -> microseconds.
+        rows: dtype -> operation -> bytes -> path -> microseconds.
     """
     return {
         "gpu": gpu,
@@ -114,12 +133,15 @@ def table_of(
         "measured": datetime.date.today().isoformat(),
         "versions": dict(versions),
         "us": {
-            operation: [
-                {"bytes": nbytes, "us": {path: round(us, 2) for path, us in sorted(figures.items())}}
-                for nbytes, figures in sorted(by_size.items())
-                if figures
-            ]
-            for operation, by_size in rows.items()
+            dtype: {
+                operation: [
+                    {"bytes": nbytes, "us": {path: round(us, 2) for path, us in sorted(figures.items())}}
+                    for nbytes, figures in sorted(by_size.items())
+                    if figures
+                ]
+                for operation, by_size in operations.items()
+            }
+            for dtype, operations in rows.items()
         },
     }
 
@@ -129,63 +151,71 @@ def summary(table: Any, available: Sequence[str]) -> list[str]:
     lines = []
     for operation in _OPERATIONS:
         for numerics in NUMERICS if operation == "all_reduce" else ("any",):
-            parts = [
-                f"{path} up to {describe_bytes(limit)}" if limit is not None else f"{path} from there on"
-                for limit, path in ranges(operation, allowed_paths(set(available) - {"gloo"}, numerics), table)
-            ]
-            if parts:
-                setting = f' with numerics "{numerics}"' if operation == "all_reduce" else ""
-                lines.append(f"{operation}{setting}: {', '.join(parts)}")
+            allowed = allowed_paths(set(available) - {"gloo"}, numerics)
+            setting = f' with numerics "{numerics}"' if operation == "all_reduce" else ""
+            # Dtypes that take the same paths share a line.
+            dtypes: dict[str, list[str]] = {}
+            for dtype in MEASURED_DTYPES:
+                parts = [
+                    f"{path} up to {describe_bytes(limit)}" if limit is not None else f"{path} from there on"
+                    for limit, path in ranges(operation, allowed, table, dtype)
+                ]
+                if parts:
+                    dtypes.setdefault(", ".join(parts), []).append(dtype)
+            for text, names in dtypes.items():
+                which = "" if len(names) == len(MEASURED_DTYPES) else f" of {', '.join(names)}"
+                lines.append(f"{operation}{which}{setting}: {text}")
     return lines
 
 
 # On the ranks --------------------------------------------------------------------------------------------------------
 
 
-def _measure(
-    communicator: RoutedCommunicator, device: torch.device, deadline: float
-) -> dict[str, dict[int, dict[str, float]]]:
-    rows: dict[str, dict[int, dict[str, float]]] = {operation: {} for operation in _OPERATIONS}
-    for nbytes in spread(SIZES):
-        for operation in _OPERATIONS:
-            # The first rank's clock decides for all.
-            over = torch.tensor([float(time.monotonic() > deadline)])
-            if communicator.broadcast(over).item():
-                return rows
-            calls = _calls_of(operation, communicator, nbytes, device)
-            if calls:
-                rows[operation][nbytes] = _time_in_turns(calls, communicator, device)
-                if communicator.rank == 0:
-                    best = ", ".join(f"{path} {us:.1f}" for path, us in sorted(rows[operation][nbytes].items()))
-                    print(f"{operation} {describe_bytes(nbytes)}: {best} us", flush=True)
+def _measure(communicator: RoutedCommunicator, device: torch.device, deadline: float) -> Rows:
+    rows: Rows = {}
+    for nbytes, dtype, operation in order_of(spread(SIZES)):
+        # The first rank's clock decides for all.
+        over = torch.tensor([float(time.monotonic() > deadline)])
+        if communicator.broadcast(over).item():
+            break
+        calls = _calls_of(operation, communicator, nbytes, device, getattr(torch, dtype))
+        if calls:
+            figures = _time_in_turns(calls, communicator, device)
+            rows.setdefault(dtype, {}).setdefault(operation, {})[nbytes] = figures
+            if communicator.rank == 0:
+                best = ", ".join(f"{path} {us:.1f}" for path, us in sorted(figures.items()))
+                print(f"{operation} {describe_bytes(nbytes)} {dtype}: {best} us", flush=True)
     return rows
 
 
 def _calls_of(
-    operation: str, communicator: RoutedCommunicator, nbytes: int, device: torch.device
+    operation: str, communicator: RoutedCommunicator, nbytes: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, tuple[Callable[[], Any], Callable[[], bool]]]:
     """path -> (one call, whether its result is right), for the paths that take this size."""
     world, rank = communicator.world_size, communicator.rank
     total = float(world * (world + 1) // 2)  # exact in bf16 for any number of ranks of one box
     calls: dict[str, tuple[Callable[[], Any], Callable[[], bool]]] = {}
     paths = [path for path in communicator.paths if path != LAMPORT or nbytes <= LAMPORT_BYTES]
+    size = dtype.itemsize
     if operation == "all_reduce":
-        x = torch.full((nbytes // 2,), rank + 1.0, dtype=torch.bfloat16, device=device)
+        x = torch.full((nbytes // size,), rank + 1.0, dtype=dtype, device=device)
+        # Plain sums in Triton are for groups that have nothing else.
+        others = (SYMM, "gloo", TRITON) if ONE_SHOT in paths else (SYMM, "gloo")
         for path in paths:
-            if path not in (SYMM, "gloo"):
+            if path not in others:
                 out = torch.empty_like(x)
                 calls[path] = (_bind(communicator.all_reduce_by, path, x, out=out), _bind(_all_equal, out, total))
     elif operation == "all_gather" and "nccl" in paths:
-        part = torch.full((nbytes // 2 // world,), rank + 1.0, dtype=torch.bfloat16, device=device)
+        part = torch.full((nbytes // size // world,), rank + 1.0, dtype=dtype, device=device)
         for path in (SYMM, "nccl"):
             transport = communicator.transports[path]
             calls[path] = (_bind(transport.all_gather, part), _bind(_gathers, transport, part, world))
-    elif operation == "all_reduce_norm" and nbytes >= 2 * _WIDTH and communicator.fuses_norm(_WIDTH, torch.bfloat16):
-        x = torch.full((nbytes // 2 // _WIDTH, _WIDTH), rank + 1.0, dtype=torch.bfloat16, device=device)
-        residual, weight = torch.ones_like(x), torch.ones(_WIDTH, dtype=torch.bfloat16, device=device)
+    elif operation == "all_reduce_norm" and nbytes >= size * _WIDTH and communicator.fuses_norm(_WIDTH, dtype):
+        x = torch.full((nbytes // size // _WIDTH, _WIDTH), rank + 1.0, dtype=dtype, device=device)
+        residual, weight = torch.ones_like(x), torch.ones(_WIDTH, dtype=dtype, device=device)
         for path in paths:
             algorithm = path.partition(":")[2]
-            if algorithm in ("lamport", "one_shot", "two_shot"):
+            if algorithm in (*CUDA_ALGORITHMS, "triton"):
                 call = _bind(communicator.all_reduce_add_rms_norm, x, residual, weight, 1e-6, algorithm=algorithm)
                 calls[path] = (call, _bind(_sums_to, call, total + 1))
     return calls
