@@ -12,7 +12,7 @@ import torch
 
 from tp_kernels import doctor_peer
 from tp_kernels.comm import explain
-from tp_kernels.comm.paths import LAMPORT, ONE_SHOT, SYMM, TWO_SHOT, table_file
+from tp_kernels.comm.paths import LAMPORT, MEASURED_DTYPES, ONE_SHOT, SYMM, TRITON, TWO_SHOT, table_file
 
 pytestmark = pytest.mark.gpu
 WORLDS = [2, 4]
@@ -184,5 +184,9 @@ def test_tune_comm_writes_a_table_that_groups_read(routed_ranks, tmp_path, monke
     print(run.stdout)
     path = table_file(torch.cuda.get_device_name(), 2, True)
     content = json.loads(path.read_text())
-    assert {row["bytes"] for row in content["us"]["all_reduce"]} >= {2048, 64 << 20}
-    assert {LAMPORT, ONE_SHOT, TWO_SHOT, "nccl"} <= set(content["us"]["all_reduce"][0]["us"])
+    figures = content["us"]
+    assert {row["bytes"] for row in figures["bfloat16"]["all_reduce"]} >= {2048, 64 << 20}
+    for dtype in MEASURED_DTYPES:
+        assert {LAMPORT, ONE_SHOT, TWO_SHOT, "nccl"} <= set(figures[dtype]["all_reduce"][0]["us"])
+    assert {TWO_SHOT, TRITON} <= set(figures["bfloat16"]["all_reduce_norm"][-1]["us"])
+    assert set(figures["bfloat16"]) > set(figures["float32"])  # what only moves is measured once
