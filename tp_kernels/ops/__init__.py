@@ -32,7 +32,14 @@ from tp_kernels.ops.linear_all_reduce import (
 )
 from tp_kernels.ops.linear_reduce_scatter import linear_reduce_scatter
 from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from tp_kernels.ops.norm_linear import (
+    norm_linear,
+    norm_linear_reference,
+    norm_swiglu_linear,
+    norm_swiglu_linear_reference,
+)
 from tp_kernels.ops.qkv import qkv_rope_cache, qkv_rope_cache_reference
+from tp_kernels.ops.quantize import dequantize_weight, dequantize_weight_reference, quantize_weight
 from tp_kernels.ops.rope import apply_rope, apply_rope_reference
 from tp_kernels.ops.swiglu import silu_mul, silu_mul_reference, swiglu_linear, swiglu_linear_reference
 from tp_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_reference
@@ -59,6 +66,8 @@ __all__ = [
     "cross_entropy_stats_reference",
     "decode_attention",
     "decode_attention_reference",
+    "dequantize_weight",
+    "dequantize_weight_reference",
     "explain",
     "flash_attention",
     "flash_attention_reference",
@@ -69,8 +78,13 @@ __all__ = [
     "linear_all_reduce_reference",
     "linear_reduce_scatter",
     "linear_reference",
+    "norm_linear",
+    "norm_linear_reference",
+    "norm_swiglu_linear",
+    "norm_swiglu_linear_reference",
     "qkv_rope_cache",
     "qkv_rope_cache_reference",
+    "quantize_weight",
     "rms_norm",
     "rms_norm_reference",
     "silu_mul",

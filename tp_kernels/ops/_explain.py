@@ -13,12 +13,14 @@ from tp_kernels._native import native
 from tp_kernels.ops._gpu import on_gpu
 from tp_kernels.ops._gpu_linear import choose_linear, choose_swiglu_linear
 from tp_kernels.ops._library import needs_grad, watched
+from tp_kernels.ops._quantized_linear import choose_quantized
 from tp_kernels.ops.attention import choose_attention
 from tp_kernels.ops.cross_entropy import choose_cross_entropy
 from tp_kernels.ops.decode_attention import choose_decode_attention, native_decode_reason
 from tp_kernels.ops.flash_attention import choose_flash_attention, choose_flash_attention_varlen
 from tp_kernels.ops.linear import native_linear_reason
 from tp_kernels.ops.norm import choose_add_rms_norm, choose_rms_norm, native_norm_reason
+from tp_kernels.ops.norm_linear import choose_norm_linear, choose_norm_swiglu_linear, native_norm_linear_reason
 from tp_kernels.ops.qkv import choose_qkv_rope_cache, native_qkv_reason
 from tp_kernels.ops.rope import choose_apply_rope
 from tp_kernels.ops.swiglu import choose_silu_mul, native_silu_mul_reason
@@ -28,11 +30,41 @@ from tp_kernels.ops.tuning import Choice
 __all__ = ["Path", "explain"]
 
 
-def _native_swiglu_reason(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, group: Any = None) -> str | None:
-    return native_linear_reason(x, w_gate_up, bias)
+def _native_swiglu_reason(
+    x: Tensor,
+    w_gate_up: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Any = None,
+    weight_scale: Tensor | None = None,
+) -> str | None:
+    return native_linear_reason(x, w_gate_up, bias, weight_scale=weight_scale)
 
 
-def _choose_swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, group: Any = None) -> Choice:
+def _choose_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    weight_scale: Tensor | None = None,
+) -> Choice:
+    if weight_scale is not None:
+        return choose_quantized(x, weight, bias, residual, weight_scale, False)
+    return choose_linear(x, weight, bias, residual, activation)
+
+
+def _choose_swiglu_linear(
+    x: Tensor,
+    w_gate_up: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Any = None,
+    weight_scale: Tensor | None = None,
+) -> Choice:
+    if weight_scale is not None:
+        return choose_quantized(x, w_gate_up, bias, None, weight_scale, True)
     return choose_swiglu_linear(x, w_gate_up, bias, save_gate_up=needs_grad(x, w_gate_up, bias))
 
 
@@ -43,6 +75,8 @@ def _choose_swiglu_mlp(*args: Any, group: Any = None, **kwargs: Any) -> Choice:
 _ON_CPU: dict[str, Callable[..., str | None]] = {
     "linear": native_linear_reason,
     "swiglu_linear": _native_swiglu_reason,
+    "norm_linear": native_norm_linear_reason,
+    "norm_swiglu_linear": native_norm_linear_reason,
     "silu_mul": native_silu_mul_reason,
     "rms_norm": lambda x, weight, eps=0.0: native_norm_reason(x, weight),
     "add_rms_norm": lambda x, residual, weight, eps=0.0: native_norm_reason(x, residual, weight),
@@ -50,7 +84,9 @@ _ON_CPU: dict[str, Callable[..., str | None]] = {
     "decode_attention": native_decode_reason,
 }
 _ON_GPU: dict[str, Callable[..., Choice]] = {
-    "linear": choose_linear,
+    "linear": _choose_linear,
+    "norm_linear": choose_norm_linear,
+    "norm_swiglu_linear": choose_norm_swiglu_linear,
     "swiglu_linear": _choose_swiglu_linear,
     "silu_mul": choose_silu_mul,
     "rms_norm": choose_rms_norm,
@@ -68,7 +104,10 @@ _ON_GPU: dict[str, Callable[..., Choice]] = {
 
 @dataclass(frozen=True)
 class Path:
-    """A path: ``name`` is "native-cpu", "triton", "gluon", "gemv", "skinny" or "torch"; ``reason`` says why.
+    """A path: ``reason`` says why it is taken.
+
+    ``name`` is "native-cpu", "triton", "gluon", "gemv", "skinny" or "torch"; with a quantised weight also "dequantize",
+    for a norm before a projection also "separate".
 
     ``config`` is the measured configuration of a GPU kernel; empty for its default one and for every other path.
     """

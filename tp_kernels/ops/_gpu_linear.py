@@ -29,10 +29,15 @@ from tp_kernels.ops.tuning import Choice, Plan, cached_decision, lookup
 __all__ = [
     "choose_linear",
     "choose_swiglu_linear",
+    "dense_rows",
+    "few_rows_launcher",
     "gpu_linear",
     "gpu_swiglu_linear",
     "linear_with_gradient",
     "matmul_by_rows",
+    "obstacle",
+    "settled",
+    "torch_linear",
 ]
 
 # Most rows of x that a path takes; the neighbour that was measured may have had fewer than the call.
@@ -83,16 +88,25 @@ def _plan(op: str, info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, sa
     return Plan(path, reason, config, launch)
 
 
-def _launcher(op: str, path: str, config: dict[str, Any]) -> tuple[Callable[..., None], Any, Any]:
-    """The kernels' launcher, its configuration (None: the default), and their module."""
+def few_rows_launcher(path: str, config: dict[str, Any]) -> tuple[Callable[..., None], Any, Any]:
+    """The launcher of "gemv" or "skinny", its configuration (None: the default), and their module.
+
+    Raises:
+        TypeError: the configuration is of another version.
+    """
     if path == "gemv":
         from tp_kernels.ops.kernels import gemv
 
         return gemv.gemv, gemv.Config(**config) if config else None, gemv
-    if path == "skinny":
-        from tp_kernels.ops.kernels import skinny
+    from tp_kernels.ops.kernels import skinny
 
-        return skinny.skinny_matmul, skinny.Config(**config) if config else None, skinny
+    return skinny.skinny_matmul, skinny.Config(**config) if config else None, skinny
+
+
+def _launcher(op: str, path: str, config: dict[str, Any]) -> tuple[Callable[..., None], Any, Any]:
+    """The kernels' launcher, its configuration (None: the default), and their module."""
+    if path in _MOST_ROWS:
+        return few_rows_launcher(path, config)
     if path != "triton":
         raise KeyError(path)
     from tp_kernels.ops.kernels import matmul, swiglu_matmul
@@ -101,7 +115,7 @@ def _launcher(op: str, path: str, config: dict[str, Any]) -> tuple[Callable[...,
     return launcher, matmul.Config(**config) if config else None, matmul
 
 
-def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
+def obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str | None:
     """What about the tensors, other than their sizes, rules our kernels out; None if nothing does."""
     if type(weight) not in PLAIN_TYPES:
         return f"the weight is a {type(weight).__name__}"
@@ -124,9 +138,9 @@ def _decide(
         n //= 2
     plan = _plan(op, gpu_of(x), x.dtype, x.numel() // k if k else 0, n, k, saved)
     if plan.launch is not None:
-        obstacle = _obstacle(x, weight, bias, residual)
-        if obstacle is not None:
-            return Plan("torch", obstacle)
+        reason = obstacle(x, weight, bias, residual)
+        if reason is not None:
+            return Plan("torch", reason)
     return plan
 
 
@@ -168,14 +182,14 @@ def choose_swiglu_linear(
     return _decide("swiglu_linear", x, w_gate_up, bias, None, save_gate_up).choice()
 
 
-def _rows(x: Tensor, width: int) -> Tensor:
+def dense_rows(x: Tensor, width: int) -> Tensor:
     """[..., width] as a matrix with dense rows; not empty."""
     if x.dim() != 2:
         x = x.reshape(-1, width)
     return x if x.stride(1) == 1 or width == 1 else x.contiguous()
 
 
-def _settled(weight: Tensor) -> bool:
+def settled(weight: Tensor) -> bool:
     """Whether no kernel still running can be writing the weight: a parameter that nobody trains at the moment.
 
     Only the launch just before can still be running, and only if it lets its successor start early; the kernels that do
@@ -198,7 +212,7 @@ def gpu_linear(
     """
     x, weight, bias, residual = under_autocast(x, weight, bias, residual)
     plan = _decide("linear" if residual is None else "linear_residual", x, weight, bias, residual)
-    return _run_linear(plan, x, weight, bias, residual, activation, _settled(weight), out)
+    return _run_linear(plan, x, weight, bias, residual, activation, settled(weight), out)
 
 
 def _run_linear(
@@ -214,23 +228,23 @@ def _run_linear(
     n, k = weight.shape
     if plan.launch is None:
         if out is None:
-            return _torch_linear(x, weight, bias, residual, activation)
+            return torch_linear(x, weight, bias, residual, activation)
         if bias is None and residual is None and activation is None and type(weight) in PLAIN_TYPES:
             torch.mm(x.reshape(-1, k), weight.t(), out=out.view(-1, n))
             return out
-        return out.copy_(_torch_linear(x, weight, bias, residual, activation))
+        return out.copy_(torch_linear(x, weight, bias, residual, activation))
     if out is None:
         out = new_like(x, n)
-    rows = _rows(out, n)
+    rows = dense_rows(out, n)
     if bias is not None:
         bias = bias.contiguous()
     if residual is not None:
-        residual = _rows(residual, n)
+        residual = dense_rows(residual, n)
     if plan.path == "triton":
-        plan.launch(rows, _rows(x, k), weight, bias, residual, activation, plan.config)
+        plan.launch(rows, dense_rows(x, k), weight, bias, residual, activation, plan.config)
     else:
         plan.launch(
-            rows, _rows(x, k), weight, bias, residual, activation, False, plan.config, weights_ready=weights_ready
+            rows, dense_rows(x, k), weight, bias, residual, activation, False, plan.config, weights_ready=weights_ready
         )
     return out
 
@@ -247,7 +261,7 @@ def matmul_by_rows(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], obje
     return lambda out, rows: plan.launch(out, rows, weight, None, None, None, plan.config)
 
 
-def _torch_linear(
+def torch_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
 ) -> Tensor:
     bare = bias is None and activation is None and type(weight) in PLAIN_TYPES and x.numel() and weight.numel()
@@ -288,11 +302,13 @@ def gpu_swiglu_linear(
         bias = bias.contiguous()
     gate_up = new_like(x, double) if save_gate_up else None
     if plan.path == "triton":
-        saved = None if gate_up is None else _rows(gate_up, double)
-        plan.launch(_rows(out, n), _rows(x, k), w_gate_up, bias, saved, plan.config)
+        saved = None if gate_up is None else dense_rows(gate_up, double)
+        plan.launch(dense_rows(out, n), dense_rows(x, k), w_gate_up, bias, saved, plan.config)
     else:
-        ready = not save_gate_up and _settled(w_gate_up)
-        plan.launch(_rows(out, n), _rows(x, k), w_gate_up, bias, None, None, True, plan.config, weights_ready=ready)
+        ready = not save_gate_up and settled(w_gate_up)
+        plan.launch(
+            dense_rows(out, n), dense_rows(x, k), w_gate_up, bias, None, None, True, plan.config, weights_ready=ready
+        )
     return out, gate_up
 
 
@@ -334,6 +350,6 @@ def linear_with_gradient(
     fused = residual if activation is None else None
     plan = _decide("linear" if fused is None else "linear_residual", x, weight, bias, fused)
     if plan.launch is None:
-        return _torch_linear(x, weight, bias, residual, activation)
+        return torch_linear(x, weight, bias, residual, activation)
     out = activate(_Linear.apply(plan, x, weight, bias, fused), activation)
     return out if residual is None or fused is not None else out + residual

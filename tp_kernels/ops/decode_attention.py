@@ -50,8 +50,8 @@ def gather_pages(
     if lengths.is_cpu and lengths.numel():
         count = min(count, -(-(int(lengths.max()) + tokens) // page_size))
     # What the table says about pages that a row has not reached means nothing.
-    reached = torch.arange(count, device=lengths.device) * page_size < (lengths + tokens).view(-1, 1)
-    table = torch.where(reached, page_table[:, :count], 0)
+    beyond = torch.arange(count, device=lengths.device) * page_size >= (lengths + tokens).view(-1, 1)
+    table = page_table[:, :count].masked_fill(beyond, 0)
     if table.is_cpu and table.numel() and not 0 <= int(table.min()) <= int(table.max()) < k_cache.shape[0]:
         raise ValueError(f"page_table names pages {int(table.min())} .. {int(table.max())} of {k_cache.shape[0]}")
     k, v = (cache[table].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))

@@ -11,6 +11,9 @@ product in a fixed order, so its bits depend on neither the threads, nor the oth
 On GPUs cuBLAS, or one of our kernels with everything in its epilogue (accumulates in fp32, rounds once) where that was
 measured to be faster; see ``_gpu_linear``. There the bits depend on the kernel chosen, hence on the number of rows.
 
+With ``weight_scale`` the weight is a quantised one, activation((x @ weight.T) * scale + bias) + residual, for inference
+(see ``_quantized_linear``); CPUs compute that in fp32 throughout.
+
 Where the CPU path wins (2 cores of Zen 4, fp32, one row): it reads the weights at the speed of a plain read, PyTorch at
 10-11 GB/s with one thread or two; see ``benchmarks/bench_cpu_ops.py``. Rejected: eight rows of weights side by side
 without prefetching in memory order (12 of 26 GB/s); splitting K over threads (bits would depend on how many there are).
@@ -36,6 +39,8 @@ from tp_kernels.ops._library import (
     plain_reason,
     watched,
 )
+from tp_kernels.ops._quantized_linear import operands_for, quantized_linear, refuse_gradients
+from tp_kernels.ops.quantize import check_scale, dequantize_weight_reference, kind_of
 
 __all__ = ["ACTIVATIONS", "linear", "linear_reference"]
 
@@ -54,14 +59,24 @@ def linear_reference(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    *,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """Plain PyTorch ``linear``."""
+    """Plain PyTorch ``linear``; a quantised weight is brought to x's dtype first."""
+    if weight_scale is not None:
+        weight = dequantize_weight_reference(weight, weight_scale, x.dtype)
     out = activate(F.linear(x, weight, bias), activation)
     return out if residual is None else out + residual
 
 
 def check_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None, gated: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    gated: bool = False,
+    weight_scale: Tensor | None = None,
 ) -> None:
     """Raise ValueError for operands that do not fit together."""
     if activation not in ACTIVATION_CODES:
@@ -70,6 +85,10 @@ def check_linear(
         raise ValueError(f"expected x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
     if gated and weight.shape[0] % 2:
         raise ValueError(f"expected gate rows above as many up rows, got {weight.shape[0]} rows")
+    if weight_scale is not None:
+        check_scale(weight, weight_scale)
+    elif weight.dtype is not x.dtype and kind_of(weight.dtype) is not None:
+        raise ValueError(f"the weight is {weight.dtype}, a quantised one: it comes with its weight_scale")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected a bias [{weight.shape[0]}], got {list(bias.shape)}")
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
@@ -79,6 +98,8 @@ def check_linear(
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
         # Autocast brings the operands to one dtype itself.
         if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            if name == "weight" and weight_scale is not None:
+                continue
             raise ValueError(f"{name} is {tensor.dtype}, x is {x.dtype}")
 
 
@@ -141,9 +162,17 @@ def native_linear(
 
 
 def native_linear_reason(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, activation: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    weight_scale: Tensor | None = None,
 ) -> str | None:
     """Why ``linear`` or ``swiglu_linear`` would not take the native CPU path; None if it would."""
+    if weight_scale is not None:
+        return f"{kind_of(weight.dtype)} weights are dequantised to fp32 on the CPU, at every call"
     reason = plain_reason(x, weight, bias, residual)
     if reason is not None:
         return reason
@@ -167,7 +196,12 @@ def _linear_impl(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    *,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
+    if weight_scale is not None:
+        check_linear(x, weight, bias, residual, activation, False, weight_scale)
+        return quantized_linear(x, weight, bias, residual, activation, weight_scale)
     if plain_cpu(x):
         out = native_linear(x, weight, bias, residual, ACTIVATION_CODES.get(activation), False)
         if out is not None:
@@ -184,13 +218,16 @@ def _linear_fake(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    *,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    check_linear(x, weight, bias, residual, activation)
+    check_linear(x, weight, bias, residual, activation, False, weight_scale)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 _OP = define_op(
-    "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, str? activation=None) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, str? activation=None, *, "
+    "Tensor? weight_scale=None) -> Tensor",
     _linear_impl,
     _linear_fake,
 )
@@ -219,12 +256,27 @@ def _linear_on_gpu(
     return linear_reference(x, weight, bias, residual, activation)
 
 
+def _with_scale(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None, scale: Tensor
+) -> Tensor:
+    check_linear(x, weight, bias, residual, activation, False, scale)
+    refuse_gradients(x, weight, bias, residual, scale)
+    x, bias, residual, later = operands_for(x, bias, residual)
+    if watched():
+        out = _OP(x, weight, bias, residual, activation, weight_scale=scale)
+    else:
+        out = quantized_linear(x, weight, bias, residual, activation, scale)
+    return out if later is None else out + later
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    *,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """``activation(x @ weight.T + bias) + residual``; differentiable.
 
@@ -234,13 +286,18 @@ def linear(
         bias: [N].
         residual: [..., N], added after the activation.
         activation: None, "silu", "gelu", "gelu_tanh" or "relu".
+        weight_scale: fp32 [N], of an int8 or float8_e4m3fn weight as ``quantize_weight`` makes it: what x and a row of
+            the weight sum up to, in fp32, is multiplied by the row's scale. No gradient is to be had then.
 
     Returns:
         [..., N] in ``x.dtype``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, an unknown activation.
+        ValueError: shapes, dtypes or devices that do not fit together, an unknown activation, a quantised weight where
+            a gradient is needed.
     """
+    if weight_scale is not None:
+        return _with_scale(x, weight, bias, residual, activation, weight_scale)
     if watched():
         if not on_gpu(x) and not needs_grad(x, weight, bias, residual):
             return _OP(x, weight, bias, residual, activation)

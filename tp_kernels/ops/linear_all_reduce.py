@@ -247,6 +247,7 @@ def run_chunks(
     communicator: Communicator,
     overlapped: bool,
     follow: Callable[[Tensor], Callable[[slice], object]] | None = None,
+    kept: bool = True,
 ) -> Tensor:
     """The sum over ranks of ``x @ weight.T`` by chunks; no gradient is recorded.
 
@@ -256,11 +257,18 @@ def run_chunks(
         bounds: rows of every chunk, the same on all ranks.
         overlapped: sum a chunk while the next is multiplied; otherwise one after the other.
         follow: given the result to come, a function of the rows whose sum is there.
+        kept: the caller keeps the result; otherwise it may lie in a buffer of the communicator's (``get_buffer``), and
+            is good until the next call.
 
     Returns:
         [M, N], usable on the caller's stream.
     """
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    shape, out = (x.shape[0], weight.shape[0]), None
+    get_buffer = None if kept or watched() else getattr(communicator, "get_buffer", None)
+    if get_buffer is not None:
+        out = get_buffer(shape, x.dtype)
+    if out is None or out.device != x.device:
+        out = x.new_empty(shape)
     matmul = _matmul_into(x, weight)
     after = None if follow is None else follow(out)
     with started_collectives() as handles:
@@ -382,7 +390,8 @@ def _followed(x, weight, bias, group, bounds, overlapped, residual, norm_weight,
 
         return finish
 
-    out = run_chunks(x.reshape(-1, x.shape[-1]), weight, bounds, group.communicator, overlapped, follow)
+    kept = norm_weight is None
+    out = run_chunks(x.reshape(-1, x.shape[-1]), weight, bounds, group.communicator, overlapped, follow, kept)
     if norm_weight is None:
         return out.view(shape)
     normed, summed = results

@@ -46,7 +46,9 @@ from tp_kernels.ops._library import (
     plain_reason,
     watched,
 )
+from tp_kernels.ops._quantized_linear import operands_for, quantized_linear, refuse_gradients
 from tp_kernels.ops.linear import check_linear, native_linear
+from tp_kernels.ops.quantize import dequantize_weight_reference
 from tp_kernels.ops.tuning import Choice, Plan, cached_decision, lookup
 
 __all__ = ["choose_silu_mul", "silu_mul", "silu_mul_reference", "swiglu_linear", "swiglu_linear_reference"]
@@ -62,8 +64,12 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_linear_reference(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Plain PyTorch ``swiglu_linear``."""
+def swiglu_linear_reference(
+    x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None
+) -> Tensor:
+    """Plain PyTorch ``swiglu_linear``; a quantised weight is brought to x's dtype first."""
+    if weight_scale is not None:
+        w_gate_up = dequantize_weight_reference(w_gate_up, weight_scale, x.dtype)
     return silu_mul_reference(F.linear(x, w_gate_up, bias))
 
 
@@ -227,7 +233,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return silu_mul_reference(gate_up)
 
 
-def _swiglu_linear_impl(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
+def _swiglu_linear_impl(
+    x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None
+) -> Tensor:
+    if weight_scale is not None:
+        check_linear(x, w_gate_up, bias, None, None, True, weight_scale)
+        return quantized_linear(x, w_gate_up, bias, None, None, weight_scale, True)
     if plain_cpu(x):
         out = native_linear(x, w_gate_up, bias, None, _SILU, True)
         if out is not None:
@@ -238,13 +249,17 @@ def _swiglu_linear_impl(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None
     return _silu_mul_impl(F.linear(x, w_gate_up, bias))
 
 
-def _swiglu_linear_fake(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_linear(x, w_gate_up, bias, None, None, True)
+def _swiglu_linear_fake(
+    x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None
+) -> Tensor:
+    check_linear(x, w_gate_up, bias, None, None, True, weight_scale)
     return x.new_empty((*x.shape[:-1], w_gate_up.shape[0] // 2))
 
 
 _SWIGLU_OP = define_op(
-    "swiglu_linear(Tensor x, Tensor w_gate_up, Tensor? bias=None) -> Tensor", _swiglu_linear_impl, _swiglu_linear_fake
+    "swiglu_linear(Tensor x, Tensor w_gate_up, Tensor? bias=None, *, Tensor? weight_scale=None) -> Tensor",
+    _swiglu_linear_impl,
+    _swiglu_linear_fake,
 )
 
 
@@ -345,7 +360,23 @@ def _swiglu_linear_gpu(x: Tensor, w_gate_up: Tensor, bias: Tensor | None, group:
     return gpu_swiglu_linear(x, w_gate_up, bias, False)[0]
 
 
-def swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, group: TPGroup | None = None) -> Tensor:
+def _with_scale(x: Tensor, w_gate_up: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    check_linear(x, w_gate_up, bias, None, None, True, scale)
+    refuse_gradients(x, w_gate_up, bias, scale)
+    x, bias, _, _ = operands_for(x, bias)
+    if watched():
+        return _SWIGLU_OP(x, w_gate_up, bias, weight_scale=scale)
+    return quantized_linear(x, w_gate_up, bias, None, None, scale, True)
+
+
+def swiglu_linear(
+    x: Tensor,
+    w_gate_up: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: TPGroup | None = None,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
     """``silu(x @ gate.T + b_gate) * (x @ up.T + b_up)``; differentiable.
 
     Args:
@@ -353,13 +384,16 @@ def swiglu_linear(x: Tensor, w_gate_up: Tensor, bias: Tensor | None = None, *, g
         w_gate_up: [2 * I, K], gate rows above up rows.
         bias: [2 * I].
         group: ranks that share ``x``, each with other rows of the weight: its gradient is summed over them.
+        weight_scale: fp32 [2 * I], of an int8 or float8_e4m3fn weight, as for ``linear``.
 
     Returns:
         [..., I] in ``x.dtype``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together, a quantised weight where a gradient is needed.
     """
+    if weight_scale is not None:
+        return _with_scale(x, w_gate_up, bias, weight_scale)
     if group is not None:
         x, group = shared_input(x, [w_gate_up], group)
     if watched():

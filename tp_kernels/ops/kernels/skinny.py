@@ -17,6 +17,10 @@ How K is divided decides whether a small shard keeps enough blocks and bytes und
   (one launch, unlike a second kernel, and no memset: see ``counters``). That throw-away kernel had it too and
   was mostly faster without, so the default splits only what would leave half of the GPU without a block.
 
+Weights of one byte are converted between shared memory and the tensor cores, in registers, which is cheap for the tiles
+of ``mma.sync`` (3.3 instructions a weight in all). ``wgmma`` takes them from registers, too, and there Triton reads
+them from shared memory two bytes at a time (6.9 instructions): the default beyond 16 rows only.
+
 Programmatic dependent launch: with ``weights_ready`` the first ``prefetch`` columns of a block's weights are asked into
 L2 before the wait for the previous kernel. Loading a first tile there instead would hold up the block until that tile
 has arrived, because a tile for tensor cores goes on into shared memory at once.
@@ -41,11 +45,13 @@ from tp_kernels.ops.kernels.counters import take_counters
 from tp_kernels.ops.kernels.launch import INTERPRETED, AotCase, launch
 from tp_kernels.ops.kernels.sizes import next_power_of_2
 from tp_kernels.ops.kernels.skinny_common import (
+    WEIGHT_DTYPES,
     check_operands,
     fetch_into_l2,
     fetched_columns,
     finish,
     launch_case,
+    to_dtype_of,
 )
 
 __all__ = ["Config", "aot_cases", "candidates", "default_config", "skinny_matmul"]
@@ -55,6 +61,7 @@ __all__ = ["Config", "aot_cases", "candidates", "default_config", "skinny_matmul
 def _store(
     sums,  # [GATES * BLOCK_N, BLOCK_M]
     out_ptr,
+    scale_ptr,
     bias_ptr,
     residual_ptr,
     rows,  # [GATES * BLOCK_N], of the weight
@@ -70,6 +77,8 @@ def _store(
     ACTIVATION: tl.constexpr,
 ):
     """Epilogue of one tile."""
+    if scale_ptr is not None:
+        sums *= tl.load(scale_ptr + rows)[:, None]
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
     if GATES == 2:
@@ -92,6 +101,7 @@ def _skinny_kernel(
     out_ptr,  # [M, N]
     x_ptr,  # [M, K]
     weight_ptr,  # [GATES * N, K]
+    scale_ptr,  # fp32 [GATES * N], or None
     bias_ptr,  # [GATES * N] or None
     residual_ptr,  # [M, N] or None
     partial_ptr,  # fp32 [tiles, SPLIT_K, GATES * BLOCK_N, BLOCK_M], or None without a split
@@ -151,6 +161,7 @@ def _skinny_kernel(
         inside = columns + k < K
         weight = tl.load(weights + k, mask=inside, other=0.0, eviction_policy="evict_first")
         x = tl.load(xs + k, mask=is_row & inside, other=0.0, eviction_policy="evict_last")
+        weight = to_dtype_of(weight, x)
         if K_GROUPS == 1:
             sums = tl.dot(weight, tl.trans(x), sums, input_precision="ieee")
         else:
@@ -160,7 +171,7 @@ def _skinny_kernel(
 
     if SPLIT_K == 1:
         _store(
-            sums, out_ptr, bias_ptr, residual_ptr, rows, n0, m0, M, N, stride_out, stride_residual,
+            sums, out_ptr, scale_ptr, bias_ptr, residual_ptr, rows, n0, m0, M, N, stride_out, stride_residual,
             GATES, BLOCK_N, BLOCK_M, ACTIVATION,
         )  # fmt: skip
     else:
@@ -181,7 +192,7 @@ def _skinny_kernel(
             for other in tl.static_range(1, SPLIT_K):
                 total += tl.load(partials + other * SIZE + inner, cache_modifier=".cg")
             _store(
-                total, out_ptr, bias_ptr, residual_ptr, rows, n0, m0, M, N, stride_out, stride_residual,
+                total, out_ptr, scale_ptr, bias_ptr, residual_ptr, rows, n0, m0, M, N, stride_out, stride_residual,
                 GATES, BLOCK_N, BLOCK_M, ACTIVATION,
             )  # fmt: skip
 
@@ -216,60 +227,77 @@ def block_m(m: int, config: Config) -> int:
     return min(max(next_power_of_2(m), 16 if config.k_groups == 1 else 8), 64)
 
 
-def shared_bytes(config: Config, m: int, gated: bool, size: int) -> int:
-    """Shared memory of the copies under way, or of the groups' sums, for elements of ``size`` bytes; an upper bound."""
+def shared_bytes(config: Config, m: int, gated: bool, size: int, quantized: bool = False) -> int:
+    """Shared memory of the copies under way, or of the groups' sums, for elements of ``size`` bytes; an upper bound.
+
+    ``quantized``: those of the weights have one byte.
+    """
     rows, width = config.block_n * (2 if gated else 1), block_m(m, config)
     step = config.k_groups * config.block_k
     # One stage is being multiplied, and only wgmma, which is asynchronous itself, needs it beside those under way.
     stages = config.num_stages - (1 if config.k_groups > 1 else 0)
-    return max(stages * (rows + width) * step * size, config.k_groups * rows * width * 4) + 1024
+    copies = stages * (rows * (1 if quantized else size) + width * size) * step
+    return max(copies, config.k_groups * rows * width * 4) + 1024
 
 
-def _usable(config: Config, info: GpuInfo, dtype: torch.dtype, m: int, k: int, gated: bool) -> bool:
+def _usable(
+    config: Config, info: GpuInfo, dtype: torch.dtype, m: int, k: int, gated: bool, quantized: bool
+) -> bool:  # fmt: skip
     step = config.k_groups * config.block_k
     return (
-        shared_bytes(config, m, gated, dtype.itemsize) <= info.max_shared
+        shared_bytes(config, m, gated, dtype.itemsize, quantized) <= info.max_shared
         and config.split_k * step <= max(k, step)
         and config.prefetch <= max(k // config.split_k, 1)
     )
 
 
-def default_config(info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, gated: bool = False) -> Config:
+def default_config(
+    info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, gated: bool = False, quantized: bool = False
+) -> Config:
     """The configuration for operands that nobody measured.
 
     Args:
         info, dtype: as in every choice; tiles are chosen for the number of multiprocessors.
         m, n, k: rows of x, columns of the result, columns of the weight.
         gated: the weight has 2 * n rows.
+        quantized: its elements have one byte. Beside them x weighs twice as much, and every block reads all of it from
+            L2, so blocks are twice as wide.
     """
     gates = 2 if gated else 1
     rows, sms = gates * n, info.num_sms
-    if m <= 16 and rows < 128 * sms:
+    if quantized and m <= 16:
+        block = 64 if 4 * rows >= 3 * 64 * sms else 32 if 4 * rows >= 3 * 32 * sms else 16
+        config = Config(max(block // gates, 16), 64 if block == 64 else 128, 4, 1, 4, 4, 2048 if block == 16 else 1024)
+    elif m <= 16 and rows < 128 * sms:
         # As wide as leaves most multiprocessors a block; few blocks have more stages each.
         if 4 * rows >= 3 * 32 * sms:
             config = Config(max(32 // gates, 16), 64, 4, 1, 4, 4, 1024)
         else:
             config = Config(16, 64, 4, 1, 4, 6 if 2 * rows >= 16 * sms else 8, 2048)
     else:
-        block = 64 // gates
+        block = (128 if quantized and 4 * rows >= 3 * 128 * sms else 64) // gates
         tiles = -(-n // block) * -(-m // 64)
         split = 1
         while 2 * tiles * split <= sms and 1024 * split < k:
             split *= 2
         # Rows that are not whole 16 bytes are loaded element by element, each with an address of its own.
-        config = Config(block, 64 if k % 16 else 128, 1, split, 4, 4, 512)
-    while config.num_stages > 2 and shared_bytes(config, m, gated, dtype.itemsize) > info.max_shared:
+        config = Config(block, 64 if k % 16 else 128, 1, split, 8 if block * gates == 128 else 4, 4, 512)
+    while config.num_stages > 2 and shared_bytes(config, m, gated, dtype.itemsize, quantized) > info.max_shared:
         config = config._replace(num_stages=config.num_stages - 1)
     while config.prefetch > k // config.split_k:
         config = config._replace(prefetch=config.prefetch // 2)
     return config
 
 
-def candidates(info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, gated: bool = False) -> list[Config]:
+def candidates(
+    info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, gated: bool = False, quantized: bool = False
+) -> list[Config]:
     """Configurations worth measuring."""
     gates = 2 if gated else 1
-    found = [default_config(info, dtype, m, n, k, gated)]
-    if m <= 16:
+    found = [default_config(info, dtype, m, n, k, gated, quantized)]
+    if quantized:
+        found += _QUANTIZED_FEW if m <= 16 else _QUANTIZED
+    elif m <= 16:
         # The more rows a block has, the less of x it reads for them; the fewer, the more blocks there are.
         found += [
             Config(32, 64, 4, 1, 4, 4, 0),
@@ -299,8 +327,36 @@ def candidates(info: GpuInfo, dtype: torch.dtype, m: int, n: int, k: int, gated:
             Config(32, 64, 4, 2, 4, 3, 512),
         ]
     tiles = [c._replace(block_n=max(c.block_n // gates, 16)) for c in found[1:]]
-    usable = [c for c in dict.fromkeys(found[:1] + tiles) if _usable(c, info, dtype, m, k, gated)]
+    usable = [c for c in dict.fromkeys(found[:1] + tiles) if _usable(c, info, dtype, m, k, gated, quantized)]
     return usable[:12]
+
+
+# For weights of one byte, up to 16 rows and beyond.
+_QUANTIZED_FEW = [
+    Config(16, 64, 4, 1, 4, 6, 2048),
+    Config(16, 128, 4, 1, 4, 6, 2048),
+    Config(32, 64, 4, 1, 4, 4, 1024),
+    Config(32, 128, 4, 1, 4, 4, 1024),
+    Config(32, 64, 4, 2, 4, 4, 1024),
+    Config(64, 64, 4, 1, 4, 4, 1024),
+    Config(64, 64, 4, 2, 4, 4, 512),
+    Config(64, 64, 8, 1, 8, 4, 1024),
+    Config(64, 128, 1, 1, 4, 6, 1024),
+    Config(64, 128, 1, 4, 4, 6, 512),
+]
+_QUANTIZED = [
+    Config(64, 128, 1, 1, 4, 4, 1024),
+    Config(64, 128, 1, 2, 4, 4, 512),
+    Config(64, 128, 1, 4, 4, 4, 512),
+    Config(64, 128, 1, 8, 4, 4, 256),
+    Config(128, 128, 1, 1, 4, 3, 512),
+    Config(128, 128, 1, 1, 8, 3, 512),
+    Config(128, 128, 1, 2, 8, 3, 256),
+    Config(128, 128, 1, 4, 8, 3, 256),
+    Config(32, 64, 4, 1, 4, 3, 1024),
+    Config(64, 64, 4, 1, 4, 3, 512),
+    Config(64, 64, 4, 2, 4, 3, 512),
+]
 
 
 def skinny_matmul(
@@ -314,6 +370,7 @@ def skinny_matmul(
     config: Config | None = None,
     *,
     weights_ready: bool = False,
+    scale: Tensor | None = None,
 ) -> None:
     """``activation(x @ weight.T + bias) + residual``, or the gated form; fp32 inside, rounded once.
 
@@ -329,14 +386,15 @@ def skinny_matmul(
         config: None takes the default.
         weights_ready: no kernel that may still be running writes ``weight``, so it may be read before that one is
             waited for.
+        scale: fp32 [N] or [2 * N], of a quantised weight; the fp32 sums are multiplied by it.
 
     Raises:
         ValueError: shapes, dtypes or strides that do not fit.
     """
-    m, n, k = check_operands(out, x, weight, bias, residual, activation, gated)
+    m, n, k = check_operands(out, x, weight, bias, residual, activation, gated, scale)
     info = gpu_of(x)
     if config is None:
-        config = default_config(info, x.dtype, m, n, k, gated)
+        config = default_config(info, x.dtype, m, n, k, gated, scale is not None)
     gates, width = 2 if gated else 1, block_m(m, config)
     blocks = -(-k // (config.k_groups * config.block_k))
     # No block without a share of K: every one would write sums and be waited for.
@@ -356,6 +414,7 @@ def skinny_matmul(
         out,
         x,
         weight,
+        scale,
         bias,
         residual,
         partial,
@@ -394,6 +453,7 @@ def aot_cases() -> list[AotCase]:
     """Every kind of loop and epilogue."""
     hopper = {"capabilities": (90,)}
     everything = {"everything": True, **hopper}
+    int8, fp8 = ({"weight_dtype": dtype} for dtype in WEIGHT_DTYPES)
     return [
         _case("16 rows, small shard", 16, 1536, 4096, wgmma=False, max_registers=128),
         _case("8 rows, gated, everything", 8, 3584, 4096, gated=True, wgmma=False, max_registers=128, **everything),
@@ -402,4 +462,9 @@ def aot_cases() -> list[AotCase]:
         _case("64 rows, split, everything", 64, 1536, 4096, wgmma=True, max_registers=128, **everything),
         _case("64 rows, gated, split", 64, 1792, 4096, gated=True, wgmma=True),
         _case("33 rows, ragged", 33, 1001, 1001, wide_loads=None, **everything),
+        _case("16 rows, int8", 16, 28672, 4096, wgmma=False, max_registers=128, **int8),
+        _case("8 rows, int8, fp16", 8, 1536, 4096, wgmma=False, dtype=torch.float16, **int8, **everything),
+        _case("16 rows, fp8, gated", 16, 3584, 4096, gated=True, wgmma=False, max_registers=128, **fp8, **hopper),
+        _case("64 rows, int8", 64, 28672, 4096, wgmma=True, max_registers=168, **int8, **hopper),
+        _case("64 rows, fp8, split", 64, 1536, 4096, wgmma=True, max_registers=168, **fp8, **everything),
     ]

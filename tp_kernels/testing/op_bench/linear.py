@@ -13,7 +13,7 @@ from torch import Tensor
 from tp_kernels import ops
 from tp_kernels.testing.op_bench.case import Case, Own, Shapes, randn, this_gpu
 
-__all__ = ["OP", "ROWS", "cases", "own_paths"]
+__all__ = ["MOST_HEAD_ROWS", "OP", "ROWS", "cases", "own_paths", "projections"]
 
 OP = "linear"
 ROWS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384)
@@ -21,18 +21,22 @@ ROWS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384)
 MOST_HEAD_ROWS = 1024
 
 
-def cases(model: Shapes, tp: int, dtype: torch.dtype, rows: Sequence[int] | None = None) -> Iterator[Case]:
-    """All projections of one rank; where nothing is reduced in between, the row-parallel ones with a residual, too."""
+def projections(model: Shapes, tp: int) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the weights of one rank, by name."""
     local = model.shard(tp)
     hidden, width = model.hidden, local.heads * local.head_dim
-    shapes = {
+    return {
         "qkv": (width + 2 * local.kv_heads * local.head_dim, hidden),
         "o": (hidden, width),
         "gate_up": (2 * local.intermediate, hidden),
         "down": (hidden, local.intermediate),
         "lm_head": (local.vocab, hidden),
     }
-    for name, (n, k) in shapes.items():
+
+
+def cases(model: Shapes, tp: int, dtype: torch.dtype, rows: Sequence[int] | None = None) -> Iterator[Case]:
+    """All projections of one rank; where nothing is reduced in between, the row-parallel ones with a residual, too."""
+    for name, (n, k) in projections(model, tp).items():
         for m in rows or ROWS:
             if name == "lm_head" and m > MOST_HEAD_ROWS:
                 continue
