@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tp_kernels.checkpoint import CheckpointError, DistributedCheckpointLoader, load_model
-from tp_kernels.layers import iter_tensor_shards
+from tp_kernels.layers import iter_tensor_shards, quantize_model
 from tp_kernels.layers.base import full_state_dict
 from tp_kernels.testing.rank_pool import RankPool
 from tp_kernels.testing.tiny_models import TINY_MODELS, make_tiny_model, save_tiny_model
@@ -33,6 +33,14 @@ def _load(group, path, dtype=None):
         loader.load_into(model)
         shards = list(iter_tensor_shards(model))
         return full_state_dict(model), loader.bytes_read, sum(s.target.numel() for s in shards), loader.total_bytes
+
+
+def _quantised_either_way(group, path):
+    """Local state dicts of a model that was quantised while it was loaded, and of one quantised afterwards."""
+    return (
+        load_model(path, group=group, quantize="int8", progress=False).state_dict(),
+        quantize_model(load_model(path, group=group, progress=False), "int8").state_dict(),
+    )
 
 
 def _assert_equal(actual, expected, dtype=None):
@@ -185,6 +193,9 @@ def test_gguf_equals_transformers(rank_pool, tmp_path, arch, quantisation, tied)
             # Heads and widths here are multiples of the 32-element blocks, so that no block is read twice. Three heads
             # on two ranks are two thirds and one third.
             assert bytes_read <= total * {1: 1.0, 2: 0.68, 3: 0.40}[world_size]
+    for loading, afterwards in rank_pool(2).run(_quantised_either_way, str(tmp_path / "m.gguf")):
+        _assert_equal(loading, afterwards)
+        assert sum(tensor.dtype == torch.int8 for tensor in loading.values()) == 14 + (not tied)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

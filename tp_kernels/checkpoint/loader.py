@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,8 @@ _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # them.
 _READ_TIMEOUT = 3600.0
 _SHOWN = 5
+
+_Places = dict[torch.Tensor, list[tuple[dict[str, Any], str]]]
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:
@@ -65,6 +67,28 @@ def _open_gguf(path: str) -> TensorSource:
     from tp_kernels.checkpoint.gguf_reader import GGUFSource
 
     return GGUFSource(path)
+
+
+def _meta_places(model: torch.nn.Module) -> _Places:
+    """Where each tensor on the meta device is held: the tables of parameters and buffers, and the name there."""
+    places: _Places = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_meta:
+                    places.setdefault(tensor, []).append((table, name))
+    return places
+
+
+def _give_memory(module: torch.nn.Module, device: str | torch.device, places: _Places) -> None:
+    """``to_empty(device=device)`` for one module alone; tied tensors stay tied."""
+    for tensor in [*module._parameters.values(), *module._buffers.values()]:
+        if tensor is not None and tensor.is_meta:
+            fresh = torch.empty_like(tensor, device=device)
+            if isinstance(tensor, torch.nn.Parameter):
+                fresh = torch.nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+            for table, name in places[tensor]:
+                table[name] = fresh
 
 
 class DistributedCheckpointLoader:
@@ -160,33 +184,62 @@ class DistributedCheckpointLoader:
         """
         self._agreed_plan(model, strict)
 
-    def load_into(self, model: torch.nn.Module, *, strict: bool = True) -> None:
+    def load_into(
+        self,
+        model: torch.nn.Module,
+        *,
+        strict: bool = True,
+        device: str | torch.device | None = None,
+        finished: Callable[[torch.nn.Module], object] | None = None,
+    ) -> None:
         """Fill the model's parameters with this rank's slices, converting to their dtype. Collective.
 
         Args:
             model: any module; ``TensorParallelLayer``s inside it get their slice, plain parameters the whole tensor.
-                Its parameters must have memory (not on the meta device).
+                Its parameters must have memory (not on the meta device), unless ``device`` is given.
             strict: tensors of the checkpoint that the model has no place for are an error, apart from a few that are
                 known to be computed (``rotary_emb.inv_freq``) and the head of a model with tied embeddings.
+            device: what is on the meta device gets its memory here, one module after the other, just before it is
+                filled.
+            finished: called with a module when everything that it holds itself is filled, before the next one gets
+                memory. It may replace the module's parameters, for example by smaller ones.
         Raises:
             CheckpointError: on every rank, naming file, tensor and rank. When the checkpoint does not fit the model,
                 nothing has been written. When reading failed midway, every parameter on every rank has been filled with
-                NaN: a model that was half loaded cannot be mistaken for a good one.
+                NaN (of quantised weights, the scales) or is still on the meta device: a model that was half loaded
+                cannot be mistaken for a good one.
         """
-        plan, error = self._agreed_plan(model, strict, filled=True), None
+        plan, error = self._agreed_plan(model, strict, filled=device is None), None
         try:
             try:
                 with self._bar(plan) as advance, torch.no_grad():
-                    for name, shard in plan:
-                        self._source.read_into(name, shard.target, shard.dim, shard.start, shard.stop)
-                        advance(shard.target.nbytes)
+                    wanted = {shard.name: name for name, shard in plan}
+                    places = {} if device is None else _meta_places(model)
+                    for path, module in model.named_modules():
+                        if device is not None:
+                            _give_memory(module, device, places)
+                        if self._fill(module, path, wanted, advance) and finished is not None:
+                            finished(module)
             except Exception as caught:
                 error = caught
             timeout = max(_READ_TIMEOUT, getattr(self.group.communicator, "timeout", 0.0))
             agree(self.group, error, timeout=timeout)
         except BaseException:  # also KeyboardInterrupt, and an exchange that failed because a rank died
-            self._poison(plan)
+            self._poison(model)
             raise
+
+    def _fill(self, module: torch.nn.Module, path: str, wanted: dict[str, str], advance: Callable[[int], None]) -> bool:
+        """Read what ``module`` itself holds; ``wanted``: a tensor's name in the model to that in the checkpoint.
+
+        A method so that no view of a parameter outlives it: ``finished`` may free the parameter.
+        """
+        from tp_kernels.layers.base import own_shards
+
+        shards = [shard for _, shards in own_shards(module, path) for shard in shards if shard.name in wanted]
+        for shard in shards:
+            self._source.read_into(wanted[shard.name], shard.target, shard.dim, shard.start, shard.stop)
+            advance(shard.target.nbytes)
+        return bool(shards)
 
     def _agreed_plan(self, model: torch.nn.Module, strict: bool, filled: bool = False) -> list[tuple[str, Any]]:
         plan, error = [], None
@@ -201,8 +254,11 @@ class DistributedCheckpointLoader:
 
     def _plan(self, model: torch.nn.Module, strict: bool) -> list[tuple[str, Any]]:
         """(checkpoint name, shard) for everything the model needs, after checking all of it."""
-        from tp_kernels.layers.base import iter_tensor_shards
+        from tp_kernels.layers.base import TensorParallelLayer, iter_tensor_shards
 
+        for path, module in model.named_modules():
+            if isinstance(module, TensorParallelLayer) and module.quantized:
+                raise ValueError(f"{path or 'the layer'} is quantised to {module.quantized}: load before quantising")
         source = self._source
         available = set(source.names())
         plan, problems, used = [], [], set()
@@ -253,10 +309,13 @@ class DistributedCheckpointLoader:
         return _IGNORED.fullmatch(name) is not None
 
     @staticmethod
-    def _poison(plan: Iterable[tuple[str, Any]]) -> None:
+    def _poison(model: torch.nn.Module) -> None:
+        from tp_kernels.layers.base import iter_tensor_shards
+
         with torch.no_grad():
-            for _, shard in plan:
-                shard.target.fill_(float("nan"))
+            for shard in iter_tensor_shards(model):
+                if shard.target.is_floating_point() and shard.target.dtype.itemsize > 1:
+                    shard.target.fill_(float("nan"))
 
     @contextmanager
     def _bar(self, plan: list[tuple[str, Any]]):

@@ -29,6 +29,7 @@ def load_model(
     group: Any = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    quantize: str | None = None,
     progress: bool | Callable[[int, int], None] = True,
 ):
     """Build the model that a checkpoint describes, sharded over the group, and load this rank's slices. Collective.
@@ -38,18 +39,24 @@ def load_model(
         group: anything ``resolve_group`` takes; None is the default group, or world size 1 without one.
         dtype: of the weights; None takes what the checkpoint was saved in (float32 for a quantised GGUF file).
         device: where the weights go.
+        quantize: "int8" or "fp8" quantises the weights of the linear layers as they are loaded, one layer after the
+            other: the memory needed is that of the quantised model and one layer in ``dtype``. See
+            ``layers.quantize_model`` for what is quantised and how.
         progress: see ``DistributedCheckpointLoader``.
     Returns:
         A ``ParallelCausalLM`` in eval mode.
     Raises:
         CheckpointError: on every rank; there is no partial model.
-        ValueError: another ``dtype`` than float32, bfloat16, float16 or float64; the model's family or a feature of it
-            is not supported; there are more ranks than query heads.
+        ValueError: another ``dtype`` than float32, bfloat16, float16 or float64; another ``quantize`` than "int8" or
+            "fp8"; the model's family or a feature of it is not supported; there are more ranks than query heads.
     """
+    from tp_kernels.layers.quantized import check_kind, quantizable_linears
     from tp_kernels.models import ModelConfig, ParallelCausalLM
 
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"dtype must be None or one of {', '.join(map(str, _DTYPES.values()))}, got {dtype!r}")
+    if quantize is not None:
+        check_kind(quantize)
     with DistributedCheckpointLoader(path, group, progress=progress) as loader:
         # Functions of what the ranks were seen to share: a ValueError here is the same on all of them.
         described = loader.config()
@@ -67,13 +74,30 @@ def load_model(
             dtype = _DTYPES[name]
         model = ParallelCausalLM(config, group=loader.group, device="meta", dtype=dtype)
         loader.check(model)
-        error = None
-        try:
-            model.to_empty(device=device)
-        except Exception as caught:  # out of memory may hit one rank alone
-            error = caught
-        agree(loader.group, error)
-        loader.load_into(model)
+        if quantize is None:
+            _allocate(model, device, loader.group)
+            loader.load_into(model)
+        else:
+            names = {linear: name for name, linear in quantizable_linears(model).items()}
+
+            def finish(module: torch.nn.Module) -> None:
+                if module in names:
+                    try:
+                        module.quantize(quantize)
+                    except ValueError as error:
+                        raise CheckpointError(f"{names[module]}: {error}", file=loader.path) from error
+
+            loader.load_into(model, device=device, finished=finish)
     # Decoding reads every weight once a token: with huge pages a fifth faster (SmolLM2-135M, one core of a Zen 4).
     advise_huge(model.parameters())
     return model.eval()
+
+
+def _allocate(model: torch.nn.Module, device: str | torch.device, group: Any) -> None:
+    """Memory for all parameters, or an error on all ranks."""
+    error = None
+    try:
+        model.to_empty(device=device)
+    except Exception as caught:  # out of memory may hit one rank alone
+        error = caught
+    agree(group, error)

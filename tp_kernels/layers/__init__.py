@@ -20,6 +20,7 @@ from tp_kernels.layers.linear import ColumnParallelLinear, MergedColumnParallelL
 from tp_kernels.layers.mlp import ParallelMLP
 from tp_kernels.layers.norm import RMSNorm
 from tp_kernels.layers.qkv import QKVParallelLinear
+from tp_kernels.layers.quantized import quantize_model
 from tp_kernels.layers.rotary import RotaryEmbedding
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "full_state_dict",
     "iter_tensor_shards",
     "load_full_state_dict",
+    "quantize_model",
     "vocab_parallel_cross_entropy",
 ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +121,15 @@ class TensorParallelLayer(nn.Module):
         layer._hidden_name = True
         self.add_module(name, layer)
 
+    @property
+    def quantized(self) -> str | None:
+        """How the weights are quantised; None if they are not."""
+        return None
+
+    def _as_float(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What ``full_state_dict`` gathers for a parameter or buffer; None for a part of another one's values."""
+        return tensor
+
     def _is_fused(self) -> bool:
         return any(piece.name != name for name, pieces in self._pieces.items() for piece in pieces)
 
@@ -164,7 +173,7 @@ class TensorParallelLayer(nn.Module):
         if not self._is_fused():
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        prefix = _stock_prefix(self, prefix)
+        prefix = stock_prefix(self, prefix)
         for name, parameter in self._parameters.items():
             if parameter is not None:
                 for shard in self._shards_of(name, parameter if keep_vars else parameter.detach()):
@@ -188,7 +197,7 @@ class TensorParallelLayer(nn.Module):
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if local_metadata.get("assign_to_params_buffers", False):
             self._adopt_dtype_and_device(state_dict, prefix)
-        known, stock = set(), _stock_prefix(self, prefix)
+        known, stock = set(), stock_prefix(self, prefix)
         for shard in self.tensor_shards():
             key = prefix + shard.name
             known.add(key)
@@ -240,8 +249,9 @@ def check_input(x: torch.Tensor, features: int, weight: torch.Tensor, layer: nn.
         raise ValueError(f"{name}: expected an input of shape [..., {features}], got {list(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"{name}: expected an input on {weight.device}, where the weight is, got {x.device}")
-    if not torch.is_autocast_enabled(x.device.type):  # under autocast the matmul casts both
-        raise ValueError(f"{name}: expected an input of {weight.dtype}, the weight's dtype, got {x.dtype}")
+    expected = getattr(layer, "input_dtype", weight.dtype)
+    if x.dtype is not expected and not torch.is_autocast_enabled(x.device.type):  # under autocast the matmul casts both
+        raise ValueError(f"{name}: expected an input of {expected}, the weight's dtype, got {x.dtype}")
 
 
 def check_linears(linears: Sequence[nn.Linear]) -> None:
@@ -257,7 +267,7 @@ def check_dtype(dtype: Any) -> None:
         raise ValueError(f"dtype must be None or a floating-point torch.dtype, got {dtype!r}")
 
 
-def _stock_prefix(module: nn.Module, prefix: str) -> str:
+def stock_prefix(module: nn.Module, prefix: str) -> str:
     """``prefix`` without the module's own name if that name is hidden: ``"attn.qkv_proj."`` -> ``"attn."``."""
     if not getattr(module, "_hidden_name", False) or not prefix:
         return prefix
@@ -265,33 +275,39 @@ def _stock_prefix(module: nn.Module, prefix: str) -> str:
 
 
 def _walk(
-    module: nn.Module, prefix: str, remove_duplicate: bool, gradients: bool = False
-) -> Iterator[tuple[TensorShard, torch.Tensor, TPGroup | None]]:
-    """(shard under its full stock name, the parameter it views, the group that shares it) of a whole model.
+    module: nn.Module, prefix: str, remove_duplicate: bool, values: str = "stored"
+) -> Iterator[tuple[TensorShard, torch.Tensor, nn.Module]]:
+    """(shard under its full stock name, the parameter it views, the module that holds it) of a whole model.
 
-    With ``gradients`` the targets view the parameters' gradients, and what has none is left out.
+    ``values``: "stored"; "gradients", and what has none is left out; "floats": quantised weights as floats, in copies.
     """
     seen: set[int] = set()
     for path, child in module.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
-        stock = _stock_prefix(child, path + "." if path else "")
-        parallel = isinstance(child, TensorParallelLayer)
-        skipped = child._non_persistent_buffers_set
-        owned = {**child._parameters, **{n: b for n, b in child._buffers.items() if n not in skipped}}
-        for name, tensor in owned.items():
-            if tensor is None or (remove_duplicate and id(tensor) in seen) or (gradients and tensor.grad is None):
-                continue
-            seen.add(id(tensor))
-            local = (tensor.grad if gradients else tensor).detach()
-            shards = (
-                child._shards_of(name, local)
-                if parallel
-                else [TensorShard(name, tuple(local.shape), None, (), 0, local)]
-            )
-            for shard in shards:
-                renamed = TensorShard(
-                    stock + shard.name, shard.full_shape, shard.dim, shard.ranges, shard.rank, shard.target
-                )
-                yield renamed, tensor, child.group if parallel else None
+        for tensor, shards in own_shards(child, path, values):
+            if not remove_duplicate or id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield from ((shard, tensor, child) for shard in shards)
+
+
+def own_shards(
+    module: nn.Module, path: str, values: str = "stored"
+) -> Iterator[tuple[torch.Tensor, list[TensorShard]]]:
+    """For every parameter and persistent buffer that ``module``, at ``path`` in a model, holds itself: its shards."""
+    stock = stock_prefix(module, path + "." if path else "")
+    parallel = isinstance(module, TensorParallelLayer)
+    skipped = module._non_persistent_buffers_set
+    owned = {**module._parameters, **{n: b for n, b in module._buffers.items() if n not in skipped}}
+    for name, tensor in owned.items():
+        local = tensor
+        if tensor is not None and values == "gradients":
+            local = tensor.grad
+        elif tensor is not None and values == "floats" and parallel:
+            local = module._as_float(name, tensor)
+        if local is not None:
+            local = local.detach()
+            whole = TensorShard(name, tuple(local.shape), None, (), 0, local)
+            shards = module._shards_of(name, local) if parallel else [whole]
+            yield tensor, [replace(shard, name=stock + shard.name) for shard in shards]
 
 
 def iter_tensor_shards(module: nn.Module, prefix: str = "", remove_duplicate: bool = True) -> Iterator[TensorShard]:
@@ -317,22 +333,24 @@ def full_state_dict(module: nn.Module, group: Any = None) -> dict[str, torch.Ten
 
     Returns:
         Stock names (tied parameters under each of their names) to full tensors that share no memory with the model.
+        Quantised weights as floats, in the dtype that they had before.
     """
-    return _gather_all(module, group, gradients=False)
+    return _gather_all(module, group, "floats")
 
 
 def full_gradients(module: nn.Module, group: Any = None) -> dict[str, torch.Tensor]:
     """As ``full_state_dict``, for the gradients; parameters without one are left out, on all ranks alike."""
-    return _gather_all(module, group, gradients=True)
+    return _gather_all(module, group, "gradients")
 
 
-def _gather_all(module: nn.Module, group: Any, gradients: bool) -> dict[str, torch.Tensor]:
+def _gather_all(module: nn.Module, group: Any, values: str) -> dict[str, torch.Tensor]:
     override = resolve_group(group) if group is not None else None
     result: dict[str, torch.Tensor] = {}
     gathered: dict[tuple[int, int], torch.Tensor] = {}
-    for shard, parameter, owner in _walk(module, "", False, gradients):
+    for shard, parameter, child in _walk(module, "", False, values):
         identity = _identity(shard, parameter)
         if identity not in gathered:
+            owner = child.group if isinstance(child, TensorParallelLayer) else None
             gathered[identity] = _gather(shard, override or owner)
         result[shard.name] = gathered[identity]
     return result
@@ -344,10 +362,12 @@ def _identity(shard: TensorShard, parameter: torch.Tensor) -> tuple[int, int]:
 
 
 def _gather(shard: TensorShard, group: TPGroup | None) -> torch.Tensor:
+    # FSDP2 keeps a DTensor over its own dimension of the mesh: this rank's slice first.
+    target = shard.target.full_tensor() if hasattr(shard.target, "full_tensor") else shard.target
     if shard.dim is None or group is None or group.world_size == 1:
-        return shard.target.clone()
+        return target.clone()
     sizes = [len(part) for part in shard.ranges]
-    parts = group.all_gather(shard.target.contiguous(), dim=shard.dim, sizes=sizes)
+    parts = group.all_gather(target.contiguous(), dim=shard.dim, sizes=sizes)
     if sum(sizes) == shard.full_shape[shard.dim]:
         return parts
     full = parts.new_empty(shard.full_shape)
@@ -370,8 +390,11 @@ def load_full_state_dict(
         (missing, unexpected) names.
 
     Raises:
-        ValueError: names differ (``strict``) or a shape does; nothing has been loaded then.
+        ValueError: names differ (``strict``), a shape does, or a layer is quantised; nothing has been loaded then.
     """
+    for path, child in module.named_modules():
+        if isinstance(child, TensorParallelLayer) and child.quantized:
+            raise ValueError(f"{path or 'the layer'} is quantised to {child.quantized}: load before quantising")
     shards = [(shard, _identity(shard, parameter)) for shard, parameter, _ in _walk(module, "", remove_duplicate=False)]
     provided = {identity for shard, identity in shards if shard.name in state_dict}
     missing = [shard.name for shard, identity in shards if identity not in provided]

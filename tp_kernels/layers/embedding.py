@@ -165,6 +165,7 @@ class ParallelLMHead(ColumnParallelLinear):
         pieces = [("", num_embeddings, ranges_from_sizes(sizes))]
         self._build(embedding_dim, pieces, bias, gather_output, sequence_parallel, False, device, dtype)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self._tied = False
         self.vocab_range = pieces[0][2][self.tp_rank]
 
     def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
@@ -176,8 +177,14 @@ class ParallelLMHead(ColumnParallelLinear):
             )
         if embedding.vocab_range != self.vocab_range:
             raise ValueError(f"expected an embedding with rows {self.vocab_range}, got {embedding.vocab_range}")
-        self.weight = embedding.weight
+        self._refuse_quantized("tie to an embedding")
+        self.weight, self._tied = embedding.weight, True
         return self
+
+    def _check_quantizable(self) -> None:
+        super()._check_quantizable()
+        if self._tied:
+            raise ValueError("expected a head with a weight of its own to quantise, got one tied to an embedding")
 
     @classmethod
     def from_embedding(cls, embedding: VocabParallelEmbedding, *, gather_output: bool = True) -> ParallelLMHead:

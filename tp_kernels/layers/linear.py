@@ -35,6 +35,7 @@ from tp_kernels.comm.functional import (
 from tp_kernels.comm.overlap import check_offered, may_overlap
 from tp_kernels.layers.base import TensorParallelLayer, TensorShard, check_dtype, check_input, check_linears
 from tp_kernels.layers.partition import checked_partition, ranges_from_sizes
+from tp_kernels.layers.quantized import QuantizableLinear
 from tp_kernels.ops._gpu import autocast_dtype, takes_kernels
 from tp_kernels.ops._gpu_linear import gpu_linear
 from tp_kernels.ops._library import needs_grad, watched
@@ -46,17 +47,16 @@ _SEQUENCE_DIM = -2
 _OVERLAP_MODES = ("auto", "none", "chunked", "fused")
 
 
-class _ParallelLinear(TensorParallelLayer):
-    """What both kinds share: the two parameters, torch's initialisation, loading from full tensors."""
+class _ParallelLinear(QuantizableLinear):
+    """What both kinds share: the parameters, torch's initialisation, loading from full tensors."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     in_features: int
     out_features: int
 
     def _add_parameters(self, weight_shape: tuple[int, int], bias_size: int | None, device, dtype) -> None:
         check_dtype(dtype)
         self.weight = nn.Parameter(torch.empty(weight_shape, device=device, dtype=dtype))
+        self.register_parameter("weight_scale", None)
         if bias_size is None:
             self.register_parameter("bias", None)
         else:
@@ -64,6 +64,7 @@ class _ParallelLinear(TensorParallelLayer):
 
     def reset_parameters(self) -> None:
         """Initialise as torch.nn.Linear does; see ``layers.base`` for what ranks seeded alike get."""
+        self._refuse_quantized("initialise")
         shards = self.tensor_shards()
         for weight, bias in _weight_bias_pairs(shards):
             self.reset_full(weight, lambda full: nn.init.kaiming_uniform_(full, a=math.sqrt(5)))
@@ -72,6 +73,7 @@ class _ParallelLinear(TensorParallelLayer):
                 self.reset_full(bias, lambda full, bound=bound: nn.init.uniform_(full, -bound, bound))
 
     def _load_full(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
+        self._refuse_quantized("load full weights into")
         pairs = _weight_bias_pairs(self.tensor_shards())
         if len(weights) != len(pairs) or len(biases) != len(pairs):
             raise ValueError(f"expected {len(pairs)} full weights and biases, got {len(weights)} and {len(biases)}")
@@ -112,12 +114,6 @@ class _ParallelLinear(TensorParallelLayer):
         if self.bias is not None:
             self.bias.requires_grad_(linears[0].bias.requires_grad)
         self.train(linears[0].training)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"local={list(self.weight.shape)}, {super().extra_repr()}"
-        )
 
 
 def _weight_bias_pairs(shards: Sequence[TensorShard]) -> list[tuple[TensorShard, TensorShard | None]]:
@@ -183,7 +179,7 @@ class ColumnParallelLinear(_ParallelLinear):
         self.sequence_parallel = sequence_parallel
         self.skip_bias_add = skip_bias_add
         self._column_pieces = pieces
-        for parameter in ("weight", "bias"):
+        for parameter in ("weight", "weight_scale", "bias"):
             stock = [(f"{name}.{parameter}" if name else parameter, total, ranges) for name, total, ranges in pieces]
             self._declare(parameter, 0, stock)
         local = self.out_features_local
@@ -210,11 +206,12 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_sizes: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """``ops.linear`` of ``parallel_input(x, sequence_sizes)``; its backward overlaps where the group can."""
-        if self.tp_size > 1 and torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad:
+        alone = self.tp_size == 1 or self.weight_scale is not None
+        if not alone and torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad:
             check_input(x, self.in_features, weight, self)
             sizes = self._sequence_sizes(x, sequence_sizes) if self.sequence_parallel else None
             return ops.column_parallel_linear(x, weight, bias, group=self.group, sequence_sizes=sizes)
-        return ops.linear(self.parallel_input(x, sequence_sizes), weight, bias)
+        return self._linear(self.parallel_input(x, sequence_sizes), weight, bias)
 
     def _sequence_sizes(self, x: torch.Tensor, sizes: Sequence[int] | None) -> Sequence[int]:
         if x.dim() < 2:
@@ -367,7 +364,7 @@ class RowParallelLinear(_ParallelLinear):
 
     Raises:
         ValueError: sizes that cannot be spread; in ``forward``, an input of another width, dtype or device, or an
-            overlap that the input's device and the group do not offer.
+            overlap that the input's device and the group do not offer, or an explicit one for a quantised weight.
     """
 
     def __init__(
@@ -417,10 +414,11 @@ class RowParallelLinear(_ParallelLinear):
         """
         weight = self.weight
         if self.overlap != "auto" and self.overlap != "none":
+            self._check_overlap()
             check_offered(self.overlap, self.group, x.device)
         if self.tp_size == 1:
             check_input(x, self.in_features, weight, self)
-            out = ops.linear(x, weight, None if self.skip_bias_add else self.bias)
+            out = self._linear(x, weight, None if self.skip_bias_add else self.bias)
             return (out, self.bias) if self.skip_bias_add else out
         if not self.input_is_parallel:
             check_input(x, self.in_features, weight, self)
@@ -432,8 +430,9 @@ class RowParallelLinear(_ParallelLinear):
             sizes = shard_range_sizes(x.shape[_SEQUENCE_DIM], self.tp_size)
             out = ops.linear_reduce_scatter(x, weight, sizes=sizes, group=self.group, overlap="chunked")
             return self._with_bias(out)
-        if self.sequence_parallel or not self.reduce_results or not may_overlap(self.group, self.overlap, rows):
-            return self.reduce_partial(ops.linear(x, weight))
+        alone = self.sequence_parallel or not self.reduce_results or self.weight_scale is not None
+        if alone or not may_overlap(self.group, self.overlap, rows):
+            return self.reduce_partial(self._linear(x, weight))
         bias = None if self.skip_bias_add else self.bias
         overlap, total = self.overlap, self.in_features
         out = ops.linear_all_reduce(x, weight, bias, group=self.group, overlap=overlap, in_features=total)
@@ -451,6 +450,8 @@ class RowParallelLinear(_ParallelLinear):
         """
         weight = self.weight
         check_input(x, self.in_features_local, weight, self)
+        if self.weight_scale is not None:
+            return self._linear(x, weight)
         get_buffer = getattr(self.group.communicator, "get_buffer", None)
         if get_buffer is None or watched() or needs_grad(x, weight) or not takes_kernels(x):
             return ops.linear(x, weight)

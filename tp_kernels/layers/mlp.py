@@ -85,7 +85,7 @@ class ParallelMLP(TensorParallelLayer):
             if reduce_results and self._trains_fused(x):
                 out = ops.swiglu_mlp(x, gate_up.weight, self.down_proj.weight, gate_up.bias, group=group)
                 return self.down_proj.reduce_partial(out)
-            hidden = ops.swiglu_linear(x, gate_up.weight, gate_up.bias, group=group)
+            hidden = ops.swiglu_linear(x, gate_up.weight, gate_up.bias, group=group, weight_scale=gate_up.weight_scale)
         else:
             gate, up = gate_up.project(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
             hidden = activate(gate, self.activation) * up
@@ -95,14 +95,15 @@ class ParallelMLP(TensorParallelLayer):
         """This rank's channels for all tokens, which ``x`` holds already."""
         gate_up = self.gate_up_proj
         if self.activation == "silu":
-            return ops.swiglu_linear(x, gate_up.weight, gate_up.bias)
-        gate, up = ops.linear(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
+            return ops.swiglu_linear(x, gate_up.weight, gate_up.bias, weight_scale=gate_up.weight_scale)
+        gate, up = gate_up._linear(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
         return activate(gate, self.activation) * up
 
     def _trains_fused(self, x: torch.Tensor) -> bool:
         """Whether the fused MLP takes over the down projection's matmul: for its backward, on GPUs.
 
-        Not where that projection overlaps its matmul with communication, or is not the stock one.
+        Not where that projection overlaps its matmul with communication, or is not the stock one, nor with quantised
+        weights.
         """
         gate_up, down = self.gate_up_proj, self.down_proj
         return (
@@ -110,6 +111,7 @@ class ParallelMLP(TensorParallelLayer):
             and needs_grad(x, gate_up.weight, gate_up.bias, down.weight)
             and type(down) is RowParallelLinear
             and down.overlap in ("auto", "none")
+            and not (gate_up.quantized or down.quantized)
             and not (down._forward_hooks or down._forward_pre_hooks or down._backward_hooks or down._backward_pre_hooks)
         )
 
