@@ -1,12 +1,16 @@
-"""Tier: CPU ranks. TokenChooser against torch.argmax of the whole logits: ties, extremes, NaN, every dtype."""
+"""Tier: CPU ranks. Both ways to choose tokens against torch.argmax of the whole logits: ties, extremes, NaN, dtypes."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from tp_kernels.checkpoint.sharding import shard_vocab
 from tp_kernels.inference.choice import TokenChooser
+from tp_kernels.inference.device_sampling import choose_by_chance, choose_greedily
 from tp_kernels.inference.sampling import SamplingParams
 from tp_kernels.layers import ParallelLMHead
+from tp_kernels.ops._gpu import H100, pretend
 
 VOCAB = 11
 
@@ -40,6 +44,31 @@ def choose_all(group):
                     chooser(logits[:, words.start : words.stop].contiguous(), [0, 1])
 
 
+def choose_all_on_the_device(group):
+    """The same without the host; by the kernels too, which the interpreter runs here (not in bf16, where it errs)."""
+    sizes = ParallelLMHead(VOCAB, 8, group=group).partition
+    words = shard_vocab(VOCAB, group.world_size, group.rank)
+    kernels = not torch.cuda.is_available()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        broken = torch.zeros(4, VOCAB, dtype=dtype)
+        broken[0, 0], broken[1, -1], broken[2] = torch.nan, torch.inf, -torch.inf
+        for logits in [*cases(dtype), broken]:
+            local = logits[:, words.start : words.stop].contiguous()
+            expected = logits.argmax(-1).masked_fill(~torch.isfinite(logits.amax(-1)), -1)
+            cold = SamplingParams(temperature=1.0, top_k=1)
+            uniform = torch.full((4,), 0.5, dtype=torch.float64)
+            for pretended in (False, True) if kernels and dtype is not torch.bfloat16 else (False,):
+                tokens, ids = torch.full((2, 4), 77)
+                with pretend(H100) if pretended else nullcontext():
+                    choose_greedily(tokens, ids, local, group, sizes)
+                assert torch.equal(tokens, expected) and torch.equal(ids, expected.clamp(min=0)), (dtype, pretended)
+            ranked = logits + torch.arange(VOCAB).to(dtype) * 16  # no two equal
+            expected = ranked.argmax(-1).masked_fill(expected < 0, -1)
+            choose_by_chance(tokens, ids, ranked[:, words.start : words.stop], uniform, cold, group, sizes)
+            assert torch.equal(tokens, expected) and torch.equal(ids, expected.clamp(min=0)), dtype
+
+
+@pytest.mark.parametrize("choose", (choose_all, choose_all_on_the_device))
 @pytest.mark.parametrize("world_size", (1, 2, 3))
-def test_all_ranks_choose_what_argmax_chooses(rank_pool, world_size):
-    rank_pool(world_size).run(choose_all)
+def test_all_ranks_choose_what_argmax_chooses(rank_pool, world_size, choose):
+    rank_pool(world_size).run(choose)

@@ -37,10 +37,19 @@ def new_cache(layer, batch, dtype):
     return LayerKVCache.allocate(batch, layer.num_kv_heads_local, MAX_LEN, HEAD_DIM, dtype=dtype)
 
 
-def decode_in_steps(layer, rows, steps):
+def new_pages(layer, batch, dtype):
+    """Pages of 4 tokens, dealt out in no order; the caches that padding is not written to."""
+    pages = MAX_LEN // 4
+    k, v = (torch.empty(batch * pages, layer.num_kv_heads_local, 4, HEAD_DIM, dtype=dtype) for _ in range(2))
+    table = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(batch)).view(batch, pages)
+    counts = [torch.zeros(batch, dtype=torch.int64) for _ in range(2)]
+    return LayerKVCache(k, v, counts[0], page_table=table.to(torch.int32), new_tokens=counts[1])
+
+
+def decode_in_steps(layer, rows, steps, make=new_cache):
     """Feed rows of different lengths in right-padded chunks, steps[i][b] tokens of row b in pass i; outputs by row."""
     batch, dtype = len(rows), rows[0].dtype
-    cache = new_cache(layer, batch, dtype)
+    cache = make(layer, batch, dtype)
     cache.k.fill_(float("nan"))  # what was never written must never matter
     cache.v.fill_(float("nan"))
     outputs = [[] for _ in rows]
@@ -50,6 +59,8 @@ def decode_in_steps(layer, rows, steps):
         for b, count in enumerate(counts):
             done = int(cache.lengths[b])
             x[b, :count] = rows[b][done : done + count]
+        if cache.new_tokens is not None:
+            cache.new_tokens.copy_(torch.tensor(counts))
         out = layer(x, cache=cache)
         for b, count in enumerate(counts):
             outputs[b].append(out[b, :count])
@@ -79,13 +90,16 @@ def check_equal_to_no_cache(group, dtype):
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             plain, reference = layer(padded).detach(), exact(padded.double()).detach()
             with torch.inference_mode():
-                cached = decode_in_steps(layer, rows, steps)
-            assert_close_to_reference(
-                torch.cat(cached),
-                torch.cat([out[:length] for out, length in zip(plain, lengths, strict=True)]),
-                torch.cat([out[:length] for out, length in zip(reference, lengths, strict=True)]),
-                name=f"{variant}, {name}, {dtype}",
-            )
+                caches = {"contiguous": decode_in_steps(layer, rows, steps)}
+                if name != "token_by_token":
+                    caches["paged"] = decode_in_steps(layer, rows, steps, new_pages)
+            for kind, cached in caches.items():
+                assert_close_to_reference(
+                    torch.cat(cached),
+                    torch.cat([out[:length] for out, length in zip(plain, lengths, strict=True)]),
+                    torch.cat([out[:length] for out, length in zip(reference, lengths, strict=True)]),
+                    name=f"{kind}, {variant}, {name}, {dtype}",
+                )
 
 
 def check_positions(group):
@@ -127,6 +141,8 @@ def check_errors(group):
         LayerKVCache(k, k[:1], torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"expected int64 lengths \[2\]"):
         LayerKVCache(k, k, torch.zeros(2))
+    with pytest.raises(ValueError, match="int32 page_table"):
+        LayerKVCache(k, k, torch.zeros(2, dtype=torch.int64), page_table=torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -19,18 +19,8 @@ import torch
 from torch import nn
 
 from tp_kernels.inference.kv_cache import KVCache
-from tp_kernels.layers import (
-    LayerKVCache,
-    MergedColumnParallelLinear,
-    ParallelAttention,
-    ParallelDecoderLayer,
-    ParallelLMHead,
-    ParallelMLP,
-    QKVParallelLinear,
-    RMSNorm,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
+from tp_kernels.inference.plain_model import foreign_reason
+from tp_kernels.layers import LayerKVCache, ParallelAttention, ParallelMLP, RMSNorm
 from tp_kernels.ops import bound
 
 if TYPE_CHECKING:
@@ -124,30 +114,13 @@ class DecodePlan:
                 return f"the model is on {parameter.device.type}"
             if type(parameter) is not nn.Parameter or not parameter.is_contiguous():
                 return "a parameter is not a plain dense tensor"
+            if parameter.dtype.itemsize == 1:
+                return f"the weights are quantised ({parameter.dtype})"
         if len({parameter.dtype for parameter in model.parameters()}) > 1:
             return "the parameters differ in dtype"
-        for module in (*model.model.modules(), *model.lm_head.modules()):
-            if module._forward_hooks or module._forward_pre_hooks:
-                return f"a {type(module).__name__} has forward hooks"
-        # Outermost first: what stands in for a whole block is named rather than what it lacks.
-        kinds = {ParallelDecoderLayer: [], ParallelAttention: [], ParallelMLP: [], RMSNorm: [model.model.norm]}
-        kinds |= {QKVParallelLinear: [], RowParallelLinear: [], MergedColumnParallelLinear: []}
-        kinds |= {VocabParallelEmbedding: [model.model.embed_tokens], ParallelLMHead: [model.lm_head]}
-        for layer in model.model.layers:
-            kinds[ParallelDecoderLayer].append(layer)
-            kinds[ParallelAttention].append(getattr(layer, "self_attn", None))
-            kinds[ParallelMLP].append(getattr(layer, "mlp", None))
-            kinds[RMSNorm] += [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
-            kinds[QKVParallelLinear].append(getattr(kinds[ParallelAttention][-1], "qkv_proj", None))
-            kinds[RowParallelLinear].append(getattr(kinds[ParallelAttention][-1], "o_proj", None))
-            kinds[MergedColumnParallelLinear].append(getattr(kinds[ParallelMLP][-1], "gate_up_proj", None))
-            kinds[RowParallelLinear].append(getattr(kinds[ParallelMLP][-1], "down_proj", None))
-        for kind, modules in kinds.items():
-            for module in modules:
-                if type(module) is not kind or "forward" in vars(module):
-                    return f"a {type(module).__name__} stands in for {kind.__name__}"
-                if module._forward_hooks or module._forward_pre_hooks:  # fused projections are not among modules()
-                    return f"a {type(module).__name__} has forward hooks"
+        foreign = foreign_reason(model)
+        if foreign is not None:
+            return foreign
         attention = model.model.layers[0].self_attn
         queries = attention.num_heads_local // attention.num_kv_heads_local
         if config.hidden_act != "silu":

@@ -1,8 +1,8 @@
 """``generate``: prompts in, tokens out, on 1 to N ranks that always agree.
 
-The prompts of a batch may differ in length: they are padded on the right, each row keeps its own length in the cache,
-and what the padding wrote there is overwritten by the row's own tokens. A row that ends leaves the batch, so the others
-stop paying for it.
+On a GPU it is ``DecodeEngine`` that does it: pages, CUDA graphs, tokens chosen on the device. On the CPU the prompts of
+a batch are padded on the right, each row keeps its own length in the cache, and what the padding wrote there is
+overwritten by the row's own tokens. A row that ends leaves the batch, so the others stop paying for it.
 
 The arguments are compared across ranks before anything runs: ranks with different prompts would otherwise wait for each
 other's tensors. How they agree on the tokens is ``TokenChooser``'s business.
@@ -14,14 +14,18 @@ import hashlib
 import operator
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from tp_kernels.inference.choice import TokenChooser
+from tp_kernels.inference.decode_loop import DecodedBatch
 from tp_kernels.inference.decode_plan import DecodePlan
+from tp_kernels.inference.engine import MAX_BATCH
+from tp_kernels.inference.engines import engine_for
 from tp_kernels.inference.kv_cache import KVCache
-from tp_kernels.inference.sampling import SamplingParams
+from tp_kernels.inference.sampling import RowSampler, SamplingParams
 from tp_kernels.models.causal_lm import ParallelCausalLM
 
 __all__ = ["GenerationResult", "generate"]
@@ -36,12 +40,14 @@ class GenerationResult:
         output_ids: the new tokens of each row; a stop token is the last of its row (as with transformers).
         finish_reasons: per row ``"stop"`` (a stop token) or ``"length"`` (``max_new_tokens`` or the model's last
             position).
-        prefill_ms: from the call to the first token of every row.
+        prefill_ms: from the call to the first token of every row; the sum over the batches that more than 256 prompts
+            are run in on a GPU.
         decode_ms_per_token: mean time of a decode step (one token for every row still running); 0.0 if none was made.
         tokens_per_second: tokens of all rows made by decode steps, per second of decoding; 0.0 if there was none.
         step_ms: the time of each decode step.
         cache_bytes: memory of this rank's KV cache.
-        decode_path: ``"plan"``, or ``"modules: "`` and why there was no ``DecodePlan``; empty if nothing was decoded.
+        decode_path: on a GPU ``DecodeEngine.path``: ``"graph"``, or why not. On the CPU ``"plan"``, or ``"modules: "``
+            and why there was no ``DecodePlan``. Empty if nothing was decoded.
     """
 
     prompt_ids: list[list[int]]
@@ -57,7 +63,7 @@ class GenerationResult:
 
 @torch.inference_mode()
 def generate(
-    model: ParallelCausalLM,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -72,7 +78,8 @@ def generate(
     """Continue each prompt, called by all ranks of the model's group with the same arguments.
 
     Args:
-        model: the model; its group decides the ranks.
+        model: a ``ParallelCausalLM``, or what makes one of itself (``tp_causal_lm()``, as patched Hugging Face models
+            do); its group decides the ranks. On a GPU its graphs and cache are kept for the next call, until it dies.
         prompts: token ids, one non-empty list a row; lengths may differ.
         max_new_tokens: most tokens to make per row. A row also ends at the model's ``max_position_embeddings``.
         temperature: 0 takes the most likely token (the lowest id among equals); above 0 samples.
@@ -81,7 +88,8 @@ def generate(
         stop_ids: tokens that end a row; None means the model configuration's end-of-sequence ids, ``()`` none.
         on_token: called as ``on_token(row, token_id)`` for each new token as it is made, stop tokens included. Give it
             on the ranks that should stream, usually rank 0.
-        prefill_chunk: most prompt positions to run through the model at once, to bound memory; None means all.
+        prefill_chunk: most prompt tokens to run through the model at once, to bound memory: on a GPU over all rows,
+            None being 8192, on the CPU of each row, None being all.
     Returns:
         The new tokens and times.
     Raises:
@@ -93,6 +101,7 @@ def generate(
     collectives are then out of step: with several ranks, end the group.
     """
     started = time.perf_counter()
+    model = _causal_lm(model)
     rows = _ids(prompts, "prompts must be a list of lists of token ids, one list a row")
     stops = model.config.eos_token_ids if stop_ids is None else stop_ids
     stops = frozenset(_ids([stops], "stop_ids must be a list of token ids")[0])
@@ -107,6 +116,8 @@ def generate(
     last_position = model.config.max_position_embeddings
     # The last token of a row is returned but never run through the model, so it needs no position.
     limits = [min(max_new_tokens, last_position - length + 1) for length in lengths]
+    if model.model.norm.weight.is_cuda:
+        return _generate_on_engine(model, rows, limits, stops, params, on_token, prefill_chunk)
     capacity = max(length + limit - 1 for length, limit in zip(lengths, limits, strict=True))
     cache = KVCache.for_model(model, len(rows), max(capacity, *lengths))
     choose = TokenChooser(model.group, model.lm_head, params, len(rows))
@@ -118,12 +129,10 @@ def generate(
     times: list[float] = []
     step: Callable[[list[int]], torch.Tensor] | None = None
     decode_path = ""
-    decoded = -len(rows)  # the first token of each row comes from the prefill
     while True:
         now = time.perf_counter()
         times.append((now - started) * 1e3)
         started = now
-        decoded += len(tokens)
         kept: list[int] = []
         for position, (row, token) in enumerate(zip(active, tokens, strict=True)):
             output[row].append(token)
@@ -146,17 +155,68 @@ def generate(
         cache.advance(1)
         tokens = choose(logits, active)
     prefill_ms, *step_ms = times
+    return _result(rows, [DecodedBatch(output, reasons, prefill_ms, step_ms)], cache.nbytes, decode_path)
+
+
+def _causal_lm(model: Any) -> ParallelCausalLM:
+    if isinstance(model, ParallelCausalLM):
+        return model
+    convert = getattr(model, "tp_causal_lm", None)
+    if convert is None:
+        raise ValueError(f"expected a ParallelCausalLM, or a model with tp_causal_lm(), got {type(model).__name__}")
+    return convert()
+
+
+def _generate_on_engine(
+    model: ParallelCausalLM,
+    rows: list[list[int]],
+    limits: list[int],
+    stops: frozenset[int],
+    params: SamplingParams,
+    on_token: Callable[[int, int], None] | None,
+    chunk: int | None,
+) -> GenerationResult:
+    """In batches of as many rows as an engine takes."""
+    sampling = params if params.greedy else RowSampler(params, len(rows))
+    batches: list[DecodedBatch] = []
+    cache_bytes, path = 0, ""
+    for first in range(0, len(rows), MAX_BATCH):
+        started = time.perf_counter()
+        part = slice(first, first + MAX_BATCH)
+        capacities = [len(row) + limit - 1 for row, limit in zip(rows[part], limits[part], strict=True)]
+        with engine_for(model, capacities) as engine:
+            batch = engine.generate(
+                rows[part],
+                limits[part],
+                stops=stops,
+                sampling=sampling,
+                first_draw=first,
+                on_token=None if on_token is None else lambda row, token, first=first: on_token(first + row, token),
+                chunk=chunk,
+            )
+            whole = (time.perf_counter() - started) * 1e3
+            # Making an engine is part of what the caller waits for.
+            batches.append(replace(batch, prefill_ms=whole - sum(batch.step_ms)))
+            cache_bytes, path = max(cache_bytes, engine.cache.nbytes), engine.path
+    return _result(rows, batches, cache_bytes, path if any(batch.step_ms for batch in batches) else "")
+
+
+def _result(rows: list[list[int]], batches: list[DecodedBatch], cache_bytes: int, path: str) -> GenerationResult:
+    output = [tokens for batch in batches for tokens in batch.output_ids]
+    step_ms = [time for batch in batches for time in batch.step_ms]
     seconds = sum(step_ms) / 1e3
+    # The first token of each row comes from the prefill.
+    decoded = sum(map(len, output)) - len(rows)
     return GenerationResult(
         prompt_ids=rows,
         output_ids=output,
-        finish_reasons=reasons,
-        prefill_ms=prefill_ms,
+        finish_reasons=[reason for batch in batches for reason in batch.finish_reasons],
+        prefill_ms=sum(batch.prefill_ms for batch in batches),
         decode_ms_per_token=sum(step_ms) / len(step_ms) if step_ms else 0.0,
         tokens_per_second=decoded / seconds if seconds > 0 else 0.0,
         step_ms=step_ms,
-        cache_bytes=cache.nbytes,
-        decode_path=decode_path,
+        cache_bytes=cache_bytes,
+        decode_path=path,
     )
 
 

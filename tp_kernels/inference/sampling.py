@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["RowSampler", "SamplingParams", "check_logits", "filter_logits"]
+__all__ = ["RowSampler", "SamplingParams", "check_logits", "draw_tokens", "filter_logits"]
 
 _MAX_SEED = 2**63
 
@@ -116,11 +116,27 @@ class RowSampler:
         scores = filter_logits(logits, self.params).cpu()
         if self.params.greedy:
             return scores.argmax(-1)
-        cumulative = scores.double().softmax(-1).cumsum(-1)
-        total = cumulative[:, -1:]
-        uniform = [torch.rand((), dtype=torch.float64, generator=self._streams[row]) for row in rows]
-        target = torch.stack(uniform).unsqueeze(1) * total
-        # right=True gives the first token whose cumulative probability exceeds the target: never one of probability 0.
-        # The product can round up to the total itself; that belongs to the last token with any probability.
-        last = (cumulative < total).sum(-1, keepdim=True)
-        return torch.minimum(torch.searchsorted(cumulative, target, right=True), last).squeeze(1)
+        return draw_tokens(scores, self.uniforms(rows, 1)[0])
+
+    def uniforms(self, rows: list[int], count: int) -> torch.Tensor:
+        """The next ``count`` random numbers of each of ``rows``: float64 ``[count, len(rows)]`` in [0, 1)."""
+        columns = [torch.rand(count, dtype=torch.float64, generator=self._streams[row]) for row in rows]
+        return torch.stack(columns, dim=1)
+
+
+def draw_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token at which the cumulative probability of each row exceeds its random number; waits for no device.
+
+    Args:
+        scores: logits ``[n, vocab]``, minus infinity for tokens that are out.
+        uniform: float64 ``[n]`` in [0, 1), on the same device.
+    Returns:
+        int64 ``[n]``; without meaning for a row whose scores hold NaN.
+    """
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    # right=True gives the first token whose cumulative probability exceeds the target: never one of probability 0.
+    # The product can round up to the total itself; that belongs to the last token with any probability.
+    last = (cumulative < total).sum(-1, keepdim=True)
+    target = uniform.unsqueeze(1) * total
+    return torch.minimum(torch.searchsorted(cumulative, target, right=True), last).squeeze(1)

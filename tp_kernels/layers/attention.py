@@ -20,7 +20,7 @@ from tp_kernels import ops
 from tp_kernels.checkpoint.sharding import shard_heads_sizes, shard_range_sizes
 from tp_kernels.comm.functional import copy_to_tensor_parallel
 from tp_kernels.layers.base import TensorParallelLayer
-from tp_kernels.layers.kv_cache import LayerKVCache
+from tp_kernels.layers.kv_cache import LayerKVCache, PackedLayerKVCache
 from tp_kernels.layers.linear import RowParallelLinear
 from tp_kernels.layers.norm import RMSNorm
 from tp_kernels.layers.qkv import QKVParallelLinear
@@ -130,7 +130,7 @@ class ParallelAttention(TensorParallelLayer):
         self,
         x: torch.Tensor,
         positions: torch.Tensor | None = None,
-        cache: LayerKVCache | None = None,
+        cache: LayerKVCache | PackedLayerKVCache | None = None,
         reduce_results: bool = True,
         sequence_sizes: Sequence[int] | None = None,
     ) -> torch.Tensor:
@@ -139,7 +139,8 @@ class ParallelAttention(TensorParallelLayer):
         Args:
             x: [B, S, hidden_size], the same on all ranks.
             positions: int64 [S] or [B, S] for the rotation; by default 0 .. S-1, with a cache the slots written.
-            cache: keys and values so far; see ``LayerKVCache``.
+            cache: keys and values so far; see ``LayerKVCache``. A ``PackedLayerKVCache`` takes pieces of several rows
+                as one: B is 1, and positions are those of its plan.
             reduce_results: False returns ``o_proj``'s ``partial_sum`` and leaves the rest to the caller.
             sequence_sizes: with ``sequence_parallel``, every rank's length; None asks the other ranks.
 
@@ -160,7 +161,9 @@ class ParallelAttention(TensorParallelLayer):
                 raise ValueError(f"expected {expected} of {length} tokens on rank {self.tp_rank}, got {x.shape[1]}")
         if positions is not None and positions.shape != (length,) and positions.shape != (batch, length):
             raise ValueError(f"expected positions [{length}] or [{batch}, {length}], got {list(positions.shape)}")
-        if cache is not None:
+        if isinstance(cache, PackedLayerKVCache):
+            mixed = self._mix_packed(x, positions, cache)
+        elif cache is not None:
             mixed = self._mix_cached(x, positions, cache)
         else:
             mixed = self._mix(self.qkv_proj(x) if qkv is None else qkv, positions)
@@ -196,19 +199,8 @@ class ParallelAttention(TensorParallelLayer):
 
     def _mix_cached(self, x: torch.Tensor, positions: torch.Tensor | None, cache: LayerKVCache) -> torch.Tensor:
         """The same over the tokens in the cache and those of ``x``, which it takes in."""
-        batch, length = x.shape[0], x.shape[1]
-        if (
-            cache.batch_size != batch
-            or cache.num_kv_heads != self.num_kv_heads_local
-            or cache.head_dim != self.head_dim
-        ):
-            raise ValueError(
-                f"expected a cache of [{batch}, {self.num_kv_heads_local}, max_len, {self.head_dim}], got "
-                f"{list(cache.k.shape)}"
-            )
-        qkv = self.qkv_proj(x)
-        if qkv.requires_grad:
-            raise ValueError("a KV cache is for inference: expected torch.no_grad() or torch.inference_mode()")
+        length = x.shape[1]
+        qkv = self._for_cache(x, cache, cache.batch_size)
         cos, sin, positions = self._rotation(positions, cache.max_len, x.device)
         lengths = cache.lengths
         q_norm, k_norm = self.q_norm, self.k_norm
@@ -225,12 +217,83 @@ class ParallelAttention(TensorParallelLayer):
             None if k_norm is None else k_norm.weight,
             self.norm_eps,
             positions,
+            page_table=cache.page_table,
+            new_tokens=cache.new_tokens,
         )
-        if length > 1 and cache.known_empty():
+        if length > 1 and cache.page_table is None and cache.known_empty():
             # A prompt into an empty cache: the same attention as without one, over just the slots that were written.
             k, v = cache.k[:, :, :length].to(q.dtype), cache.v[:, :, :length].to(q.dtype)
             return ops.attention(q, k, v, causal=True, sliding_window=self.sliding_window, scale=self.scale)
-        return ops.decode_attention(q, cache.k, cache.v, lengths, scale=self.scale, sliding_window=self.sliding_window)
+        return ops.decode_attention(
+            q,
+            cache.k,
+            cache.v,
+            lengths,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            page_table=cache.page_table,
+        )
+
+    def _mix_packed(self, x: torch.Tensor, positions: torch.Tensor | None, cache: PackedLayerKVCache) -> torch.Tensor:
+        """The same for pieces of several rows in one: [1, heads of this rank, N, head_dim]."""
+        qkv, tokens = self._for_cache(x, cache, 1), cache.tokens
+        if positions is not None:
+            raise ValueError("expected no positions: packed tokens have those of their plan")
+        if x.shape[1] != len(tokens.slots):
+            raise ValueError(f"expected the {len(tokens.slots)} tokens of the plan, got {x.shape[1]}")
+        mixed = self.mix_packed(qkv.flatten(0, 1), cache, *self._tables(cache.max_len, x.device))
+        return mixed.transpose(0, 1).unsqueeze(0)
+
+    def mix_packed(
+        self, qkv: torch.Tensor, cache: PackedLayerKVCache, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of packed tokens over their own rows: rotation, write to the pages, and the sum of values.
+
+        Args:
+            qkv: [N, (Hq + 2 * Hkv) * head_dim] of this rank.
+            cache: the pages, and which token belongs where.
+            cos, sin: rotation tables over positions.
+
+        Returns:
+            [N, heads of this rank, head_dim].
+        """
+        tokens = cache.tokens
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        # Every token as a row of its own, whose one page is the page that it stands in.
+        q = ops.qkv_rope_cache(
+            qkv.unsqueeze(1),
+            cos,
+            sin,
+            tokens.slots,
+            cache.k,
+            cache.v,
+            self.num_heads_local,
+            self.num_kv_heads_local,
+            q_norm,
+            k_norm,
+            self.norm_eps,
+            tokens.positions,
+            page_table=tokens.pages,
+        ).squeeze(2)
+        k, v = (x.to(q.dtype) for x in cache.seen())
+        options = {"causal": True, "sliding_window": self.sliding_window, "scale": self.scale}
+        if len(tokens.cu_tokens) == 2:
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            return ops.attention(q, k, v, **options)[0].transpose(0, 1)
+        bounds = (tokens.cu_tokens, tokens.cu_keys, tokens.max_tokens, tokens.max_keys)
+        return ops.flash_attention_varlen(q, k, v, *bounds, **options)
+
+    def _for_cache(self, x: torch.Tensor, cache: LayerKVCache | PackedLayerKVCache, rows: int) -> torch.Tensor:
+        """The fused projection of ``x`` [rows, S, hidden], after checking that ``cache`` can take it."""
+        if rows != x.shape[0] or cache.num_kv_heads != self.num_kv_heads_local or cache.head_dim != self.head_dim:
+            raise ValueError(
+                f"expected a cache of [{x.shape[0]}, {self.num_kv_heads_local}, max_len, {self.head_dim}], got "
+                f"{list(cache.k.shape)}"
+            )
+        qkv = self.qkv_proj(x)
+        if qkv.requires_grad:
+            raise ValueError("a KV cache is for inference: expected torch.no_grad() or torch.inference_mode()")
+        return qkv
 
     def _rotation(
         self, positions: torch.Tensor | None, max_len: int, device: torch.device

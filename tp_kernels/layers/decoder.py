@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from tp_kernels.layers.attention import ParallelAttention
-from tp_kernels.layers.kv_cache import LayerKVCache
+from tp_kernels.layers.kv_cache import LayerKVCache, PackedLayerKVCache
 from tp_kernels.layers.linear import RowParallelLinear
 from tp_kernels.layers.mlp import ParallelMLP
 from tp_kernels.layers.norm import RMSNorm
@@ -120,7 +120,7 @@ class ParallelDecoderLayer(nn.Module):
         x: torch.Tensor | PartialSum,
         residual: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
-        cache: LayerKVCache | None = None,
+        cache: LayerKVCache | PackedLayerKVCache | None = None,
         keep_partial: bool = False,
         sequence_sizes: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor | PartialSum, torch.Tensor]:
@@ -130,7 +130,7 @@ class ParallelDecoderLayer(nn.Module):
             x: [B, S, hidden_size]: the embedding, or the previous layer's first result.
             residual: the previous layer's second result; None for the first layer.
             positions: see ``ParallelAttention.forward``.
-            cache: this layer's ``LayerKVCache``.
+            cache: this layer's ``LayerKVCache``, or ``PackedLayerKVCache``.
             keep_partial: return a ``PartialSum`` and leave the MLP's sum over the ranks to the norm that follows; only
                 where ``fuses_norms`` holds. The residual is then valid only as far as that norm needs it.
             sequence_sizes: with ``sequence_parallel``, every rank's length; None asks the other ranks.
@@ -193,7 +193,7 @@ class ParallelDecoderLayer(nn.Module):
         ):
             return False
         for projection in (attention.o_proj, mlp.down_proj):
-            if not is_plain(projection, RowParallelLinear) or projection.weight.dtype is not dtype:
+            if not is_plain(projection, RowParallelLinear) or projection.input_dtype is not dtype:
                 return False
             if projection.overlap not in ("auto", "none") or projection.sequence_parallel or projection.skip_bias_add:
                 return False

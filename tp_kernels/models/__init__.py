@@ -1,6 +1,29 @@
-"""Decoder-only language models (Llama, Mistral, Qwen2, Qwen3, SmolLM2) built from the parallel layers."""
+"""Decoder-only language models (Llama, Mistral, Qwen2, Qwen3, SmolLM2) built from the parallel layers.
 
-from tp_kernels.models.causal_lm import ParallelCausalLM
-from tp_kernels.models.config import SUPPORTED_MODEL_TYPES, ModelConfig
+Everything is imported on first use: configurations are read where no torch is needed.
+"""
 
-__all__ = ["SUPPORTED_MODEL_TYPES", "ModelConfig", "ParallelCausalLM"]
+from __future__ import annotations
+
+import importlib
+
+# public name -> submodule that defines it
+_EXPORTS = {
+    "SUPPORTED_MODEL_TYPES": "config",
+    "ModelConfig": "config",
+    "ParallelCausalLM": "causal_lm",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_EXPORTS})

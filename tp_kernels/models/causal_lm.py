@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tp_kernels import ops
 from tp_kernels.comm.process_group import resolve_group
 from tp_kernels.layers import (
     ParallelDecoderLayer,
@@ -186,7 +185,7 @@ class ParallelCausalLM(nn.Module):
 
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """This rank's part of the logits, ``lm_head.vocab_range``, of ``hidden`` [..., hidden]; no gradient for it."""
-        return ops.linear(hidden, self.lm_head.weight, self.lm_head.bias)
+        return self.lm_head.project(hidden, self.lm_head.weight, self.lm_head.bias)
 
     def _apply(self, fn, recurse=True):
         # to_empty() and the like replace parameters one by one, and would part the head from the embedding.
