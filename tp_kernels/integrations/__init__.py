@@ -8,7 +8,7 @@ import importlib
 _HOMES = {
     "tp_kernels.integrations.hf": ["PatchReport", "apply_tp_kernels"],
     "tp_kernels.integrations.hf_loading": ["from_pretrained"],
-    "tp_kernels.integrations.lora": ["register_lora"],
+    "tp_kernels.integrations.lora": ["load_lora", "register_lora", "save_lora"],
     "tp_kernels.integrations.styles": ["ColumnParallel", "RowParallel", "VocabParallel", "parallel_plan"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,0 +1,41 @@
+"""The gated MLP of a Hugging Face model: gate and up projections as one fused matmul with SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+
+from tp_kernels import ops
+from tp_kernels.integrations.hf_packing import PackedLinears, unobserved
+from tp_kernels.layers.linear import RowParallelLinear
+from tp_kernels.ops._gpu import on_gpu
+from tp_kernels.ops._library import needs_grad
+
+__all__ = ["MLPAdapter"]
+
+
+class MLPAdapter(PackedLinears):
+    """Takes the place of ``forward`` in ``LlamaMLP`` and its like; the SiLU gate only.
+
+    Attributes:
+        tp_group: the ``TPGroup`` of the projections.
+    """
+
+    packed_names = ("gate_proj", "up_proj")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> [..., hidden], whole and equal on every rank."""
+        joined, down = self.joined(), self.down_proj
+        if joined is None:
+            return down(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        weight, bias = joined
+        group = self.tp_group if self.tp_group.world_size > 1 else None
+        if (
+            on_gpu(x)
+            and type(down) is RowParallelLinear
+            and unobserved(down)
+            and down.overlap in ("auto", "none")
+            and getattr(down, "weight_scale", None) is None
+            and needs_grad(x, weight, bias, down.weight)
+        ):
+            return down.reduce_partial(ops.swiglu_mlp(x, weight, down.weight, bias, group=group))
+        return down(ops.swiglu_linear(x, weight, bias, group=group))
