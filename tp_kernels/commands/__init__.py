@@ -4,8 +4,8 @@ Each has NAME, SUMMARY, DESCRIPTION, EXAMPLES, ``add_arguments(parser)`` and ``r
 at module level.
 """
 
-from tp_kernels.commands import bench, demo, doctor_command, generate, launch_command, tune
+from tp_kernels.commands import bench, demo, doctor_command, generate, launch_command, plan, tune
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = (demo, generate, doctor_command, bench, tune, launch_command)
+COMMANDS = (demo, generate, doctor_command, bench, tune, plan, launch_command)

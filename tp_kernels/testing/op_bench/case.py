@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tp_kernels.checkpoint.sharding import shard_heads_sizes, shard_range_sizes, shard_width_sizes
 from tp_kernels.ops._gpu import H100, GpuInfo, gpu_of, on_gpu
+from tp_kernels.testing.op_bench.shapes import MODELS, Shapes
 
 __all__ = ["MODELS", "Case", "Own", "Shapes", "compiled", "randn", "this_gpu"]
 
@@ -64,41 +64,6 @@ class Case:
     input_bytes: int = 0
     tolerance: float = 2.0
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of a model that benchmarks derive their shapes from (all unsharded)."""
-
-    name: str
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    qk_norm: bool = False
-
-    def shard(self, tp: int) -> Shapes:
-        """Sizes of rank 0 of ``tp``; hidden size and head size are never cut."""
-        heads, kv_heads = shard_heads_sizes(self.heads, self.kv_heads, tp)[0]
-        return replace(
-            self,
-            intermediate=shard_width_sizes(self.intermediate, tp)[0],
-            heads=heads,
-            kv_heads=kv_heads,
-            vocab=shard_range_sizes(self.vocab, tp)[0],
-        )
-
-
-MODELS: dict[str, Shapes] = {
-    "llama3-8b": Shapes("llama3-8b", 4096, 14336, 32, 8, 128, 128256),
-    "llama3-70b": Shapes("llama3-70b", 8192, 28672, 64, 8, 128, 128256),
-    "mistral-7b": Shapes("mistral-7b", 4096, 14336, 32, 8, 128, 32768),
-    "qwen3-8b": Shapes("qwen3-8b", 4096, 12288, 32, 8, 128, 151936, qk_norm=True),
-    # Small enough for Triton's interpreter: exercises the benchmarks themselves, says nothing about speed.
-    "tiny": Shapes("tiny", 64, 96, 4, 2, 16, 97, qk_norm=True),
-}
 
 
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

@@ -20,7 +20,7 @@ from tp_kernels.testing.op_bench.case import MODELS, Case
 __all__ = ["Selection", "Verdict", "bench_modules", "bench_names", "check_case", "run_case", "select_cases"]
 
 _SEED = 20240229
-_MACHINERY = frozenset(("case", "commands", "report", "runner", "tuner"))
+_MACHINERY = frozenset(("case", "commands", "report", "runner", "shapes", "tuner"))
 
 
 @dataclass(frozen=True)
