@@ -1,7 +1,8 @@
-"""Writes the README's table of measured figures from the CSV files under ``benchmarks/results``.
+"""Writes the tables of measured figures from the CSV files under ``benchmarks/results``: the README's, and the outcomes
+in docs/performance.md.
 
-python benchmarks/readme_table.py            # rewrite README.md between its markers
-python benchmarks/readme_table.py --check    # exit status 1 if the README is not what the files say
+python benchmarks/readme_table.py            # rewrite both between their markers
+python benchmarks/readme_table.py --check    # exit status 1 if one of them is not what the files say
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def op_lines(rows: list[dict[str, str]]) -> list[str]:
 
 def gpu_table(folder: Path) -> list[str]:
     """The Markdown table of one GPU: an op a line, all measured shapes of it, what lost as plainly as what won."""
-    rows = [row for path in sorted(folder.glob("*.csv")) for row in read(path) if "times_best_peer" in row]
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in read(path) if {"op", "times_best_peer"} <= {*row}]
     rows = [{**row, **{name: float(row[name]) for name in ("us",) if row[name]}} for row in rows]
     if not rows:
         return []
@@ -135,20 +136,65 @@ def table(folder: Path) -> list[str]:
     ]
 
 
+def outcome_lines(folder: Path) -> list[str]:
+    """What ``bench model`` measured on one machine: our figures with a goal, and the best peer of the same run."""
+    rows = [row for path in sorted(folder.glob("model*.csv")) for row in read(path)]
+    lines = []
+    for row in rows:
+        if not row["goal"]:
+            continue
+        case = f"{row['what']} {row['tokens'] if row['what'] == 'prefill' else 'batch ' + row['batch']}"
+        of = f"tp={row['tp']}" if row["shard"] == "1" else f"one shard of {row['shard']}"
+        same = [
+            peer
+            for peer in rows
+            if peer["ours"] == "0" and peer["ms"] and all(peer[key] == row[key] for key in _SAME_CASE)
+        ]
+        best = min(same, key=lambda peer: float(peer["ms"]), default=None)
+        beside = f"{best['contender']} {float(best['ms']):.2f} ms" if best else f"{row['over_off']}x off"
+        found = f"{float(row['ms']):.2f} ms" if row["ms"] else row["verdict"]
+        roof = f"{row['percent_of_roof']}%" if row["percent_of_roof"] else ""
+        verdict = "" if row["verdict"] in ("ok", "") or not row["ms"] else f" ({row['verdict']})"
+        cells = (f"{case}, {of}, {row['contender']}", f"{found}{verdict}", roof, beside, row["goal"], row["met"])
+        lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    first = rows[0]
+    return [
+        f"{first['gpu'] or first['cpu']}, torch {first['torch']}, {first['model']} {first['dtype']}, {first['date']} "
+        f"([files](../benchmarks/results/{folder.name})):",
+        "",
+        "| case | measured | of the roof | best peer in the same run | goal | met |",
+        "|---|---|---|---|---|---|",
+        *lines,
+    ]
+
+
+_SAME_CASE = ("what", "model", "tp", "shard", "batch", "tokens", "context")
+
+
+def filled(document: Path, blocks: list[str]) -> str:
+    """The document with ``blocks`` between its markers."""
+    before, rest = document.read_text(encoding="utf-8").split(BEGIN)
+    return "\n\n".join([before + BEGIN, *blocks, END + rest.split(END)[1]])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args()
-    blocks = ["\n".join(lines) for folder in sorted(RESULTS.iterdir()) if folder.is_dir() and (lines := table(folder))]
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    wanted = "\n\n".join([before + BEGIN, *blocks, END + after])
-    if args.check:
-        return 0 if wanted == text else 1
-    readme.write_text(wanted, encoding="utf-8")
-    return 0
+    folders = [folder for folder in sorted(RESULTS.iterdir()) if folder.is_dir()]
+    same = True
+    for document, lines_of, nothing in (
+        (ROOT / "README.md", table, []),
+        (ROOT / "docs" / "performance.md", outcome_lines, ["No run of `bench model` on a GPU has been recorded yet."]),
+    ):
+        blocks = ["\n".join(lines) for folder in folders if (lines := lines_of(folder))]
+        wanted = filled(document, blocks or nothing)
+        same &= wanted == document.read_text(encoding="utf-8")
+        if not args.check:
+            document.write_text(wanted, encoding="utf-8")
+    return 0 if same or not args.check else 1
 
 
 if __name__ == "__main__":

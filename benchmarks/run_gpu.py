@@ -2,8 +2,9 @@
 
 Resumable: a command that ended leaves ``<out>/<name>.ok`` or ``.failed`` and is skipped next time (``--failed`` repeats
 failures, ``--again`` everything), so a run stopped half-way is useful and can be continued. Correctness comes before
-the sanitizer, the sanitizer before figures; then each group of ops is tuned and measured, the most valuable first. The
-table that tuning writes to ``<out>/tuning`` is the one that the benchmarks after it use.
+figures; then the ops that a model is made of are tuned, the model is measured with the tables that this wrote to
+``<out>/tuning``, and only then the sanitizer, ranks that share the GPU, and each op by itself against its peers. The
+parts up to the last of the model fit into about 27 minutes, since a build takes a third of its limit; all do not.
 
     python benchmarks/run_gpu.py --out gpu_out                # all parts
     python benchmarks/run_gpu.py --out gpu_out --minutes 9.5  # those that end within that; call again for more
@@ -45,26 +46,37 @@ class Group(NamedTuple):
     bench: list[str]
 
 
+# In the order in which they are tuned: what a decode step and a prefill spend most of their time in comes first.
 # A table answers for sizes within a factor of two: tp 1 and 4 cover 1 to 8, these rows 1 to 32768 tokens.
 _TUNE_ROWS = ["--rows", "1", "4", "16", "64", "256", "1024", "4096", "16384"]
 _BENCH_ROWS = ["--rows", "1", "4", "16", "64", "1024", "4096"]
 GROUPS: dict[str, Group] = {
-    "attention": Group(["flash_attention"], 2.0, ["--tp", "1", "4"], 1.0, _ONE_TP),
-    "swiglu": Group(["swiglu_linear"], 1.25, [*_TUNE_ROWS, "--tp", "1", "4"], 2.0, [*_BENCH_ROWS, *_ALL_TP]),
     "linear": Group(["linear"], 2.5, [*_TUNE_ROWS, "--tp", "1", "4"], 1.5, [*_BENCH_ROWS, *_ALL_TP]),
+    "swiglu": Group(["swiglu_linear"], 1.25, [*_TUNE_ROWS, "--tp", "1", "4"], 2.0, [*_BENCH_ROWS, *_ALL_TP]),
     "decode": Group(["decode_attention"], 1.0, ["--tp", "1", "4"], 0.75, _ONE_TP),
+    # Several ranks have their norms behind the sum over the ranks, and int8 has a goal at tp=1 only.
+    "norm-linear": Group(["norm_linear"], 1.0, ["--rows", "1", "4", *_ONE_TP], 0.75, ["--rows", "1", "4", *_ONE_TP]),
+    "attention": Group(["flash_attention"], 1.75, ["--tp", "1", "4"], 1.0, _ONE_TP),
+    "quantized": Group(
+        ["quantized_linear"],
+        1.25,
+        ["--rows", "1", "16", "64", "4", *_ONE_TP],
+        1.0,
+        ["--rows", "1", "16", "64", *_ONE_TP],
+    ),
+    "norms": Group(
+        ["rms_norm", "qkv_rope_cache"], 0.75, ["--tp", "1", "4"], 1.0, ["--rows", "4096", "64", "8192", *_ONE_TP]
+    ),
     # Compiling the peers of torch.compile is most of the time of these benchmarks, hence few rows.
     "memory": Group(
-        ["rms_norm", "cross_entropy", "qkv_rope_cache", "rope"],
-        1.5,
-        ["--tp", "1", "4"],
-        1.75,
-        ["--rows", "4096", "64", "8192", *_ONE_TP],
+        ["cross_entropy", "rope"], 1.0, ["--tp", "1", "4"], 1.0, ["--rows", "4096", "64", "8192", *_ONE_TP]
     ),
     "swiglu-backward": Group(
         ["swiglu_mlp", "silu_mul"], 0.75, ["--rows", "4096", "--tp", "1", "4"], 0.75, ["--rows", "4096", *_ONE_TP]
     ),
 }
+# Of no use to a model's forward pass: tuned right before they are measured.
+_TUNED_LATE = ("memory", "swiglu-backward")
 
 # Processes that share a file's tests, where compiling its kernels takes more than about two minutes of one core.
 SHARDS = {
@@ -72,11 +84,13 @@ SHARDS = {
     "test_gluon_backward": 4,
     "test_flash_attention_backward": 4,
     "test_skinny": 4,
+    "test_quantized": 3,
     "test_swiglu": 3,
     "test_matmul": 3,
     "test_flash_attention": 2,
     "test_decode_attention": 2,
     "test_norm": 2,
+    "test_norm_linear": 2,
 }
 
 
@@ -123,6 +137,14 @@ def parts(out: Path) -> dict[str, Part]:
             min(16, cores),
             testing,
         ),
+        "engine": Part(
+            {f"engine-{_name(path)}": [*pytest, _relative(path)] for path in _engine_tests()}, 1.5, 4, testing
+        ),
+    }
+    for name in (name for name in GROUPS if name not in _TUNED_LATE):
+        found[f"tune-{name}"] = _tuning(name)
+    found |= _models(out)
+    found |= {
         "sanitizer": Part(
             {
                 f"sanitizer-{path.stem.removeprefix('test_')}": [
@@ -142,14 +164,10 @@ def parts(out: Path) -> dict[str, Part]:
             testing,
         ),
     }  # fmt: skip
-    for name, group in GROUPS.items():
-        chosen = [word for op in group.ops for word in ("--op", op)]
-        tune = [*chosen, *group.tune, "--minutes", f"{group.tune_minutes - MARGIN_MINUTES:.2f}"]
-        found[f"tune-{name}"] = _one(f"tune-{name}", [python, "-m", "tp_kernels", "tune", *tune], group.tune_minutes)
-        files_out = ["--csv", str(out / f"{name}.csv"), "--plot", str(out / "plots")]
-        bench = [*chosen, *group.bench, "--minutes", f"{group.bench_minutes - MARGIN_MINUTES:.2f}", *files_out]
-        command = [python, "-m", "tp_kernels", "bench", "ops", *bench]
-        found[f"bench-{name}"] = _one(f"bench-{name}", command, group.bench_minutes)
+    for name in GROUPS:
+        if name in _TUNED_LATE:
+            found[f"tune-{name}"] = _tuning(name)
+        found[f"bench-{name}"] = _benchmark(name, out)
     # Ranks that share the GPU: these are ratios of two paths, see docs/one_gpu.md.
     bench = [python, "-m", "tp_kernels", "bench"]
     for ranks_each in (4, 2):
@@ -178,6 +196,52 @@ def parts(out: Path) -> dict[str, Part]:
     cpu_ops = [python, "benchmarks/bench_cpu_ops.py", "--csv", str(out / "cpu_ops.csv")]
     found["bench-cpu-ops"] = _one("bench-cpu-ops", cpu_ops, LIMIT_MINUTES)
     return found
+
+
+def _tuning(name: str) -> Part:
+    group = GROUPS[name]
+    options = [*_chosen(group), *group.tune, "--minutes", f"{group.tune_minutes - MARGIN_MINUTES:.2f}"]
+    return _one(f"tune-{name}", [sys.executable, "-m", "tp_kernels", "tune", *options], group.tune_minutes)
+
+
+def _benchmark(name: str, out: Path) -> Part:
+    group = GROUPS[name]
+    files = ["--csv", str(out / f"{name}.csv"), "--plot", str(out / "plots")]
+    options = [*_chosen(group), *group.bench, "--minutes", f"{group.bench_minutes - MARGIN_MINUTES:.2f}", *files]
+    return _one(f"bench-{name}", [sys.executable, "-m", "tp_kernels", "bench", "ops", *options], group.bench_minutes)
+
+
+def _chosen(group: Group) -> list[str]:
+    return [word for op in group.ops for word in ("--op", op)]
+
+
+# Llama-3-8B: the whole on the GPU, one shard of four alone, four ranks that share it. CSV under the names by which
+# docs/performance.md and `tp-kernels plan` look for them.
+_MODELS = {
+    "bench-model": (3.25, "model", ["--quantize", "none", "int8"]),
+    "bench-model-shard4": (1.5, "model_shard4", ["--shard", "4", "--batch", "1", "16"]),
+    "bench-model-tp4": (2.5, "model_tp4", ["--tp", "4", "--batch", "1", "16"]),
+}
+
+
+def _models(out: Path) -> dict[str, Part]:
+    found = {}
+    for name, (minutes, file, options) in _MODELS.items():
+        files = ["--csv", str(out / f"{file}.csv"), "--plot", str(out / "plots" / f"{file}.png")]
+        files += [] if "--tp" in options else ["--profile", str(out / f"profile_{file}.csv")]
+        command = [sys.executable, "-m", "tp_kernels", "bench", "model", *options, *files]
+        found[name] = _one(name, [*command, "--minutes", f"{minutes - MARGIN_MINUTES:.2f}"], minutes)
+    return found
+
+
+def _engine_tests() -> list[Path]:
+    """Tests on a GPU of what stands above the kernels: decode engine, generation, patched models."""
+    patterns = ("inference/test_*_gpu.py", "integrations/test_*_gpu.py", "test_generate_gpu.py")
+    return [path for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern))]
+
+
+def _name(path: Path) -> str:
+    return path.stem.removeprefix("test_")
 
 
 _BUILD_OPTIONS = ["--no-deps", "--no-build-isolation"]
@@ -254,7 +318,7 @@ def run_part(name: str, part: Part, out: Path, wanted: dict[str, list[str]]) -> 
     counted = f"{len(codes) - len(bad)} of {len(codes)} commands ended well" if len(codes) > 1 else first
     print(f"{name:22} {'FAILED' if bad else 'ok'}  {time.monotonic() - started:.0f} s  {counted}", flush=True)
     if name.startswith(("bench", "tune")):
-        print("    " + "\n    ".join(_lines(first)[-14:]), flush=True)
+        print("    " + "\n    ".join(_lines(first)[-(40 if name in _MODELS else 14) :]), flush=True)
     for key, code in bad.items():
         reason = "out of time" if code == 124 else f"exit status {code}"
         print(f"  {reason}: {out / f'{key}.log'}\n    " + "\n    ".join(why(_lines(out / f"{key}.log"))), flush=True)

@@ -19,7 +19,9 @@ JSON_FIELDS = {
     "tp": int,
     "device": str,
     "dtype": str,
+    "quantize": type(None),
     "backend": str,
+    "decode_path": str,
     "prefill_ms": float,
     "decode_ms_per_token": float,
     "tokens_per_second": float,
@@ -94,12 +96,21 @@ def test_help_imports_nothing_heavy():
         (["generate", "--model", "x", "--prompt", "p", "--temperature", "nan"], "at least 0, got nan"),
         (["generate", "--model", "x", "--prompt", "p", "--top-p", "1.5"], "above 0 and at most 1"),
         (["generate", "--model", "x", "--prompt", "p", "--dtype", "int8"], "float32"),
+        (["generate", "--model", "x", "--prompt", "p", "--quantize", "int4"], "int8"),
+        (["generate", "--model", "x", "--prompt", "p", "--prefill-chunk", "0"], "at least 1, got 0"),
+        (["generate", "--model", "x", "--prompt", "p", "--backend", "nccl"], "nccl is not for --device cpu; expected"),
+        (
+            ["generate", "--model", "x", "--prompt", "p", "--device", "cuda", "--backend", "shm"],
+            "shm is not for --device cuda; expected one of auto, symm, nccl, gloo",
+        ),
         (["generate", "--model", "no/such/model", "--prompt", "p"], "no such file or folder: no/such/model"),
         (["launch", "script.py"], "--nproc"),
         (["launch", "--nproc", "2", "no_such_script.py"], "no such script: no_such_script.py"),
         (["bench"], "required"),
         (["bench", "no-such-benchmark"], "invalid choice"),
         (["bench", "all-reduce", "--ranks", "1"], "from 2 to 64"),
+        (["bench", "model", "--model", "gpt-2"], "llama3-8b"),
+        (["bench", "model", "--tp", "2", "--shard", "4"], "expected --tp 1, got --tp 2"),
     ],
 )
 def test_bad_usage_is_status_2_without_a_traceback(capfd, words, message):
@@ -113,6 +124,25 @@ def test_bad_usage_about_the_model(capfd, tiny, tmp_path):
     assert status == 2 and "none.txt: No such file" in err
     status, _, err = run(capfd, "generate", "--model", tiny, "--prompt", "p", "--tp", "10")
     assert status == 2 and "--tp 10 is more than the 9 attention heads" in err
+
+
+def test_without_a_gpu_generate_says_so(capfd, tiny, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, _, err = run(capfd, "generate", "--model", tiny, "--prompt", "p", "--device", "cuda")
+    assert status == 2 and "--device cuda: there is no GPU here" in err
+
+
+def test_ranks_share_a_gpu_only_where_there_are_not_enough(monkeypatch):
+    from tp_kernels.commands import generation
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    started = []
+    monkeypatch.setattr("tp_kernels.launch.launch", lambda *words, **options: started.append(options["one_gpu"]))
+    for device, tp in (("cuda", 2), ("cuda", 3), ("cpu", 3)):
+        request = generation.GenerateRequest(model="m", prompt="p", tp=tp, device=device)
+        with pytest.raises(FileNotFoundError):  # these ranks write no result
+            generation.generate_on_ranks(request)
+    assert started == [False, True, False]
 
 
 def test_a_broken_checkpoint_is_a_failure_and_verbose_shows_the_traceback(capfd, tiny, tmp_path, monkeypatch):
@@ -204,7 +234,17 @@ def test_generate_streams_the_text_and_puts_figures_on_stderr(capfd, tiny, refer
     status, out, err = run(capfd, "generate", "--model", tiny, *options)
     text = json.loads(run(capfd, "generate", "--model", tiny, *options, "--json")[1])["text"]
     assert status == 0 and out == text + "\n"
-    assert "5 + 12 tokens, tp=1 local float32" in err
+    assert "5 + 12 tokens, tp=1 local float32 on cpu" in err
+
+
+def test_generate_with_quantised_weights_in_chunks(capfd, tiny):
+    options = ["--prompt", "Hello", "--max-new-tokens", 4, "--json"]
+    plain, small = (
+        json.loads(run(capfd, "generate", "--model", tiny, *options, *more)[1])
+        for more in ([], ["--quantize", "int8", "--prefill-chunk", 2])
+    )
+    assert small["quantize"] == "int8" and len(small["output_ids"]) == 4 and small["decode_path"]
+    assert small["weight_bytes_per_rank"][0] < plain["weight_bytes_per_rank"][0] / 2
 
 
 def test_sampling_is_repeatable(capfd, tiny):

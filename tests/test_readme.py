@@ -41,6 +41,8 @@ def test_a_changed_figure_is_noticed(monkeypatch, tmp_path):
     script = load_script()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text(readme.replace(" us |", " ms |"), encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "performance.md").write_text((ROOT / "docs" / "performance.md").read_text(encoding="utf-8"))
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["readme_table.py", "--check"])
     assert script.main() == 1

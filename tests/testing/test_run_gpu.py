@@ -40,15 +40,21 @@ def parsed(command):
     return build_parser().parse_args(command[3:])
 
 
+def of_ops(parts, kind):
+    """The commands that tune or measure ops; others measure whole models, or are scripts."""
+    found = [c for c in commands(parts, kind) if c[1:3] == ["-m", "tp_kernels"] and "model" not in c]
+    assert found
+    return found
+
+
 def test_every_op_is_tuned_once_and_measured_once(parts):
     for kind in ("tune-", "bench-"):
-        ours = [c for c in commands(parts, kind) if c[1:3] == ["-m", "tp_kernels"]]
-        assert sorted(op for command in ours for op in parsed(command).op) == bench_names()
+        assert sorted(op for command in of_ops(parts, kind) for op in parsed(command).op) == bench_names()
 
 
 def test_selections_are_not_empty_and_have_no_head_for_more_rows_than_fit(parts):
     for kind in ("tune-", "bench-"):
-        for command in (c for c in commands(parts, kind) if c[1:3] == ["-m", "tp_kernels"]):
+        for command in of_ops(parts, kind):
             args = parsed(command)
             cases = list(select_cases(Selection(tuple(args.op), tuple(args.model), tuple(args.tp), rows=args.rows)))
             assert {case.op for case in cases} >= {op for op in args.op if op != "swiglu_mlp"}
@@ -63,18 +69,44 @@ def test_minutes(run_gpu, parts):
                 if name.startswith(kind) and command[1:3] == ["-m", "tp_kernels"]:
                     assert parsed(command).minutes == pytest.approx(part.minutes - run_gpu.MARGIN_MINUTES)
     names = list(parts)
-    last = names.index("bench-swiglu-backward")
     # Limits; a build takes a third of its own, and what is measured fills its own.
-    assert sum(parts[name].minutes for name in names[: last + 1] if name != "gpu-ranks") <= 29
+    assert sum(parts[name].minutes for name in names[: names.index("bench-model-tp4") + 1]) <= 29
 
 
-def test_order(parts):
+def test_order(run_gpu, parts):
     names = list(parts)
-    assert names[:5] == ["build", "doctor", "tests", "sanitizer", "gpu-ranks"]
-    for name in names:
-        if name.startswith("tune-"):
-            assert names[names.index(name) + 1] == name.replace("tune-", "bench-")
+    assert names[:4] == ["build", "doctor", "tests", "engine"]
+    place = {name: number for number, name in enumerate(names)}
+    assert all(place[f"tune-{group}"] < place[f"bench-{group}"] for group in run_gpu.GROUPS)
+    for group in ("linear", "swiglu", "decode", "norm-linear", "attention", "quantized", "norms"):
+        assert place[f"tune-{group}"] < place["bench-model"], "a model is measured with tuned ops"
+    models = ["bench-model", "bench-model-shard4", "bench-model-tp4"]
+    assert names[place["bench-model"] :][:5] == [*models, "sanitizer", "gpu-ranks"]
     assert next(iter(parts["gpu-ranks"].commands)) == "gpu-ranks-smoke" and parts["gpu-ranks"].at_once == 1
+
+
+def test_models_are_measured_as_their_goals_say(parts):
+    from tp_kernels.commands.bench_model import _options
+    from tp_kernels.testing.model_bench.budget import GOALS
+
+    asked = [_options(parsed(command)) for command in commands(parts, "bench-model")]
+    for goal in GOALS:
+        assert any(
+            (options.model, options.tp, options.shard) == (goal.model, goal.tp, goal.shard)
+            and goal.what in options.what
+            and goal.quantize in options.quantize
+            and 1 in options.batch
+            and 4096 in options.prompt
+            for options in asked
+        ), goal
+
+
+def test_missing_tests_of_the_engine_are_no_error(run_gpu, parts, tmp_path, monkeypatch, capsys):
+    found = {command[-1] for command in parts["engine"].commands.values()}
+    assert all((ROOT / path).exists() for path in found) and "tests/test_generate_gpu.py" in found
+    monkeypatch.setattr(run_gpu, "_engine_tests", list)
+    none = run_gpu.parts(tmp_path)["engine"]
+    assert not none.commands and run_gpu.run_part("engine", none, tmp_path, {})
 
 
 def test_every_file_of_tests_is_run_once_and_whole(parts):

@@ -24,7 +24,7 @@ _Run = Callable[[argparse.Namespace], int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks."""
-    from tp_kernels.commands import bench_layer
+    from tp_kernels.commands import bench_layer, bench_model
     from tp_kernels.testing import bench_all_reduce, bench_all_reduce_gpu, bench_overlap
     from tp_kernels.testing.op_bench import commands
 
@@ -73,6 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bench_layer.run,
     )
     add(
+        "model",
+        "prefill and decode of a whole model against transformers and plain PyTorch",
+        "A whole model with random weights of real shapes: prefill and decode against transformers and a model\n"
+        "written by hand in plain PyTorch with CUDA graphs; checked first, interleaved, beside the goals for an H100.",
+        _MODEL_EXAMPLES,
+        bench_model.add_arguments,
+        bench_model.run,
+    )
+    add(
         "ops",
         "the GPU kernels against PyTorch, Liger, FlashAttention and others",
         _OPS_DESCRIPTION,
@@ -105,6 +114,15 @@ examples:
   tp-kernels bench layer --ranks 4 --csv layer.csv
   tp-kernels bench layer --ranks 4 --what decode --context 128 1024 8192 --no-nccl
   tp-kernels bench layer --ranks 2 --device cpu --model tiny --tokens 32 --context 32
+"""
+
+_MODEL_EXAMPLES = """\
+examples:
+  tp-kernels bench model --csv model.csv --plot model.png
+  tp-kernels bench model --quantize none int8 --what decode --batch 1 --no-transformers
+  tp-kernels bench model --shard 4 --batch 1 --csv shard.csv --profile kernels.csv
+  tp-kernels bench model --tp 4 --batch 1 --no-nccl --csv tp4.csv
+  tp-kernels bench model --device cpu --model tiny --prompt 32 --context 32 --batch 1 2
 """
 
 _OPS_DESCRIPTION = """\

@@ -199,15 +199,12 @@ def measure(group, options: Options) -> list[dict[str, Any]]:
 
 
 def _switched_off(group, device_type: str = "cpu"):
-    """A ``TPGroup`` of the same ranks in which everyone's partial sum passes for the sum.
+    """``group`` without its communication."""
+    from tp_kernels.testing.switched_off import switched_off
 
-    It reduces nothing and gathers nothing, so it is of use to layers that only all-reduce.
-    """
-    from tp_kernels.comm import LocalCommunicator, TPGroup
-
-    communicator = LocalCommunicator("off")
-    communicator.rank, communicator.world_size, communicator.backend = group.rank, group.world_size, "off"
-    return TPGroup(communicator, ranks=group.ranks, device_type=device_type, process_group=group.process_group)
+    return switched_off(
+        group.rank, group.world_size, device_type=device_type, ranks=group.ranks, process_group=group.process_group
+    )
 
 
 def _measure(group, groups: Mapping[str, Any], symm, options: Options) -> list[dict[str, Any]]:

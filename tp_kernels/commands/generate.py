@@ -22,6 +22,7 @@ from tp_kernels.commands.generation import (
 __all__ = ["DESCRIPTION", "EXAMPLES", "NAME", "SUMMARY", "add_arguments", "request_from", "run"]
 
 NAME = "generate"
+_BACKENDS = {"cpu": ("auto", "shm", "gloo"), "cuda": ("auto", "symm", "nccl", "gloo")}
 SUMMARY = "generate text with a checkpoint on N ranks"
 DESCRIPTION = """\
 Load a Llama-family checkpoint (Hugging Face folder or GGUF file), each rank reading only its shard, and continue a
@@ -32,10 +33,12 @@ examples:
   tp-kernels generate --model ./Llama-3.2-1B --tp 2 --dtype bfloat16 --prompt-file question.txt
   tp-kernels generate --model model.gguf --tp 3 --prompt "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
   tp-kernels generate --model smollm2 --tp 2 --prompt "Hello" --json | jq .tokens_per_second
+  tp-kernels generate --model ./Llama-3.1-8B --device cuda --dtype bfloat16 --quantize int8 --prompt "Once upon a time"
   torchrun --nproc-per-node 2 -m tp_kernels generate --model smollm2 --prompt "Hello"
 
---json prints one object: prompt_ids, output_ids, text, tp, device, dtype, backend, prefill_ms, decode_ms_per_token,
-tokens_per_second, weight_bytes_per_rank. Everything else goes to stderr.
+With --device cuda every rank has a GPU of its own, or all share one where there are not enough.
+--json prints one object: prompt_ids, output_ids, text, tp, device, dtype, quantize, backend, decode_path, prefill_ms,
+decode_ms_per_token, tokens_per_second, weight_bytes_per_rank. Everything else goes to stderr.
 """
 
 
@@ -53,7 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default float32"
     )
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="default cpu, the only one in this release")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    parser.add_argument("--quantize", choices=["int8", "fp8"], help="weights of the linear layers (default: --dtype)")
+    parser.add_argument(
+        "--prefill-chunk",
+        type=at_least(1),
+        metavar="N",
+        help="prompt tokens to run at once, to bound memory (default: all)",
+    )
     parser.add_argument(
         "--temperature", type=number_above(0, inclusive=True), default=0.0, metavar="T", help="0 is greedy (default)"
     )
@@ -61,7 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=number_above(0, most=1), default=1.0, metavar="P", help="1 keeps all (default)")
     parser.add_argument("--seed", type=at_least(0), metavar="S", help="of the random draws; default: a fresh one")
     parser.add_argument(
-        "--backend", choices=["auto", "shm", "gloo"], default="auto", help="how ranks communicate (default auto)"
+        "--backend",
+        choices=["auto", "shm", "gloo", "symm", "nccl"],
+        default="auto",
+        help="how ranks communicate: shm or gloo on cpu; symm, nccl or gloo on cuda (default auto)",
     )
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="per rank (default: the cores divided evenly)")
     parser.add_argument(
@@ -78,7 +91,8 @@ def request_from(args: argparse.Namespace) -> GenerateRequest:
     """Check the arguments that argparse cannot and build the request.
 
     Raises:
-        UsageError: a file is missing, or ``--tp`` does not fit the world or the model.
+        UsageError: a file is missing, there is no GPU, or ``--tp`` does not fit the world or the model, or
+            ``--backend`` the device.
     """
     from tp_kernels.launch import default_threads
 
@@ -88,8 +102,13 @@ def request_from(args: argparse.Namespace) -> GenerateRequest:
     tp = world_size or args.tp or 1
     if args.seed is not None and args.seed >= 2**63:
         raise UsageError(f"--seed must be below 2**63, got {args.seed}")
+    if args.backend not in _BACKENDS[args.device]:
+        known = ", ".join(_BACKENDS[args.device])
+        raise UsageError(f"--backend {args.backend} is not for --device {args.device}; expected one of {known}")
     model = resolve_model(args.model)
     check_tp(model, tp)
+    if args.device == "cuda":
+        _check_gpu()
     return GenerateRequest(
         model=str(model),
         prompt=_read_prompt(args),
@@ -98,6 +117,8 @@ def request_from(args: argparse.Namespace) -> GenerateRequest:
         max_new_tokens=args.max_new_tokens,
         dtype=args.dtype,
         device=args.device,
+        quantize=args.quantize,
+        prefill_chunk=args.prefill_chunk,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -136,6 +157,13 @@ def check_tp(model: Path, tp: int) -> None:
         heads = loader.config().get("num_attention_heads")
     if heads is not None and tp > heads:
         raise UsageError(f"--tp {tp} is more than the {heads} attention heads of {model.name}: each rank needs a head")
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError("--device cuda: there is no GPU here (torch.cuda.is_available() is False); use --device cpu")
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
@@ -183,9 +211,12 @@ def _as_torchrun_rank(request: GenerateRequest, out: TextIO | None) -> dict[str,
 
 def summary(result: dict[str, Any]) -> str:
     """One line of figures about a result."""
+    weights = f" with {result['quantize']} weights" if result["quantize"] else ""
+    path = f" (decode: {result['decode_path']})" if result["decode_path"] else ""
     memory = "/".join(f"{size / 2**20:.0f}" for size in result["weight_bytes_per_rank"])
     return (
         f"[{len(result['prompt_ids'])} + {len(result['output_ids'])} tokens, tp={result['tp']} {result['backend']} "
-        f"{result['dtype']}: prefill {result['prefill_ms']:.0f} ms, {result['decode_ms_per_token']:.1f} ms/token, "
-        f"{result['tokens_per_second']:.1f} tokens/s, {memory} MiB of weights per rank]"
+        f"{result['dtype']}{weights} on {result['device']}: prefill {result['prefill_ms']:.0f} ms, "
+        f"{result['decode_ms_per_token']:.1f} ms/token, {result['tokens_per_second']:.1f} tokens/s{path}, "
+        f"{memory} MiB of weights per rank]"
     )

@@ -26,6 +26,8 @@ class GenerateRequest:
         prompt: the user's text; ``chat`` puts it into the model's chat template.
         tp: number of ranks.
         dtype, device: of weights and activations; names as torch spells them.
+        quantize: "int8" or "fp8" weights in the linear layers, or None.
+        prefill_chunk: most prompt tokens to run at once, None for all.
         threads: CPU threads per rank.
         timeout: deadline of one collective in seconds.
         stream: rank 0 writes the text to stdout as it comes.
@@ -39,6 +41,8 @@ class GenerateRequest:
     max_new_tokens: int = 128
     dtype: str = "float32"
     device: str = "cpu"
+    quantize: str | None = None
+    prefill_chunk: int | None = None
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -70,6 +74,8 @@ def generate_here(request: GenerateRequest, *, out: TextIO | None = None) -> dic
 def generate_on_ranks(request: GenerateRequest) -> dict[str, Any]:
     """Start ``request.tp`` ranks, wait for them and return rank 0's result.
 
+    On "cuda" each has a GPU of its own, or all share the first where there are not enough.
+
     Raises:
         UsageError: the ranks refused the arguments.
         CommandFailed: a rank failed; the text names the one that failed first.
@@ -81,7 +87,7 @@ def generate_on_ranks(request: GenerateRequest) -> dict[str, Any]:
         request_file.write_text(json.dumps(asdict(request)), encoding="utf-8")
         program = ["-m", "tp_kernels.commands.generate_rank", str(request_file), str(result_file)]
         try:
-            launch(request.tp, program, threads=request.threads)
+            launch(request.tp, program, threads=request.threads, one_gpu=_too_few_gpus(request))
         except LaunchError as error:
             trace = (error.root.error or {}).get("traceback", "")
             if error.is_a("BrokenPipeError"):
@@ -90,6 +96,14 @@ def generate_on_ranks(request: GenerateRequest) -> dict[str, Any]:
                 raise UsageError((error.root.error or {})["message"]) from None
             raise CommandFailed(str(error), detail=trace) from None
         return json.loads(result_file.read_text(encoding="utf-8"))
+
+
+def _too_few_gpus(request: GenerateRequest) -> bool:
+    if request.device != "cuda":
+        return False
+    import torch
+
+    return torch.cuda.device_count() < request.tp
 
 
 def generate_on_this_rank(
@@ -109,21 +123,24 @@ def generate_on_this_rank(
 
     torch.set_num_threads(request.threads)
     if not distributed:
-        with ProcessGroupManager.initialize(0, 1) as manager:
-            return _generate(request, manager.tp_group, out)
-    manager = ProcessGroupManager.initialize(backend=request.backend, timeout=request.timeout)
+        with ProcessGroupManager.initialize(0, 1, device=request.device) as manager:
+            return _generate(request, manager, out)
+    manager = ProcessGroupManager.initialize(backend=request.backend, timeout=request.timeout, device=request.device)
     # Not a `with`: after an error the rank should end at once, and leave the torch group of lost ranks as it is.
-    result = _generate(request, manager.tp_group, out)
+    result = _generate(request, manager, out)
     manager.shutdown()
     return result
 
 
-def _generate(request: GenerateRequest, group: Any, out: TextIO | None) -> dict[str, Any] | None:
+def _generate(request: GenerateRequest, manager: Any, out: TextIO | None) -> dict[str, Any] | None:
     import torch
 
     from tp_kernels.checkpoint import load_model
     from tp_kernels.inference import generate, load_tokenizer
 
+    group, device = manager.tp_group, manager.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     first = group.rank == 0
     tokenizer = load_tokenizer(request.model)
     prompt_ids = tokenizer.chat(request.prompt) if request.chat else tokenizer.encode(request.prompt)
@@ -133,7 +150,8 @@ def _generate(request: GenerateRequest, group: Any, out: TextIO | None) -> dict[
         request.model,
         group=group,
         dtype=getattr(torch, request.dtype),
-        device=request.device,
+        device=device,
+        quantize=request.quantize,
         progress=request.progress and first,
     )
     stop_ids = {*tokenizer.eos_ids, *model.config.eos_token_ids}
@@ -153,10 +171,12 @@ def _generate(request: GenerateRequest, group: Any, out: TextIO | None) -> dict[
         seed=request.seed,
         stop_ids=sorted(stop_ids),
         on_token=show if streaming else None,
+        prefill_chunk=request.prefill_chunk,
     )
     if streaming:
         print(decoder.flush(), file=out, flush=True)
-    weight_bytes = group.communicator.all_gather(torch.tensor([_weight_bytes(model)], dtype=torch.int64)).tolist()
+    mine = torch.tensor([_weight_bytes(model)], dtype=torch.int64, device=device)
+    weight_bytes = group.communicator.all_gather(mine).tolist()
     if not first:
         return None
     output_ids = list(result.output_ids[0])
@@ -167,7 +187,9 @@ def _generate(request: GenerateRequest, group: Any, out: TextIO | None) -> dict[
         "tp": group.world_size,
         "device": request.device,
         "dtype": request.dtype,
+        "quantize": request.quantize,
         "backend": group.communicator.backend,
+        "decode_path": result.decode_path,
         "prefill_ms": round(result.prefill_ms, 3),
         "decode_ms_per_token": round(result.decode_ms_per_token, 3),
         "tokens_per_second": round(result.tokens_per_second, 2),

@@ -8,9 +8,11 @@ from typing import Any
 
 from tp_kernels.testing.bench import Timing
 
-__all__ = ["captured", "measure_on_ranks", "time_graphs"]
+__all__ = ["captured", "measure_on_ranks", "time_graphs", "time_turns"]
 
 _LIMIT_S = 3600.0
+# Of a collective between hosts: ranks compile the same kernels, but not at the same time.
+_GROUP_TIMEOUT_S = 120.0
 _WARMUP = 2
 
 
@@ -50,10 +52,10 @@ def measure_on_ranks(
         raise ValueError(f"there is no GPU here; {no_gpu}")
     if torch.cuda.device_count() >= ranks:
         own = lambda rank: {"LOCAL_RANK": str(rank)}  # noqa: E731
-        with RankPool(ranks, backend=backend, device=device, environment=own) as pool:
+        with RankPool(ranks, backend=backend, device=device, environment=own, group_timeout=_GROUP_TIMEOUT_S) as pool:
             return pool.run(measure, options, timeout=_LIMIT_S)[0]
     with OneGpuRanks() as shared:
-        pool = shared(ranks, backend=backend)
+        pool = shared(ranks, backend=backend, group_timeout=_GROUP_TIMEOUT_S)
         print(f"# {shared.shared_gpu.describe(ranks)}", flush=True)
         return pool.run(measure, options, timeout=_LIMIT_S)[0]
 
@@ -81,22 +83,51 @@ def time_graphs(group, symm, graphs: Mapping[str, Any], calls: int, rounds: int)
         calls: in each graph.
         rounds: timed turns of each graph.
     """
+    return time_turns({name: graph.replay for name, graph in graphs.items()}, calls, rounds, group=group, symm=symm)
+
+
+def time_turns(
+    plays: Mapping[str, Callable[[], Any]],
+    calls: int,
+    rounds: int,
+    *,
+    resets: Mapping[str, Callable[[], Any]] | None = None,
+    group: Any = None,
+    symm: Any = None,
+) -> dict[str, Timing]:
+    """Play in turns on a GPU, between events; seconds per call, each round as long as its slowest rank.
+
+    Args:
+        plays: what is timed, by name; the same names in the same order on all ranks.
+        calls: what one play counts as.
+        rounds: timed turns of each.
+        resets: by name, what is called before a turn and not timed.
+        group: of the ranks, with a CPU transport; None for one rank.
+        symm: a ``SymmetricMemoryCommunicator`` of the same ranks, over which they meet before each turn.
+    """
     import torch
 
     ping = torch.zeros(4, device="cuda")
     seconds: list[list[float]] = []
     for _ in range(rounds + _WARMUP):
         seconds.append([])
-        for graph in graphs.values():
-            group.barrier()
+        for name, play in plays.items():
+            if resets is not None:
+                resets[name]()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Ranks meet on the GPU, then idle there until all hosts have sent their graphs.
-            symm.all_reduce(ping, out=ping, algorithm="one_shot")
-            torch.cuda._sleep(100_000)
+            if group is None:
+                torch.cuda.synchronize()
+            else:
+                group.barrier()
+                # Ranks meet on the GPU, then idle there until all hosts have sent their work.
+                symm.all_reduce(ping, out=ping, algorithm="one_shot")
+                torch.cuda._sleep(100_000)
             start.record()
-            graph.replay()
+            play()
             end.record()
             end.synchronize()
             seconds[-1].append(start.elapsed_time(end) * 1e-3 / calls)
-    slowest = group.all_reduce(torch.tensor(seconds[_WARMUP:], dtype=torch.float64), "max")
-    return {name: Timing.of(column) for name, column in zip(graphs, slowest.t().tolist(), strict=True)}
+    slowest = torch.tensor(seconds[_WARMUP:], dtype=torch.float64)
+    if group is not None:
+        slowest = group.all_reduce(slowest, "max")
+    return {name: Timing.of(column) for name, column in zip(plays, slowest.t().tolist(), strict=True)}
