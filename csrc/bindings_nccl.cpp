@@ -103,6 +103,20 @@ class NcclCommunicator {
   const std::string group_;
 };
 
+// Memory of NCCL's, as long as Python wants it; the communicator it is registered with may want it longer.
+class NcclMemory {
+ public:
+  explicit NcclMemory(std::shared_ptr<tpk::nccl::Memory> memory) : memory_(std::move(memory)) {}
+  ~NcclMemory() {
+    const py::gil_scoped_release released;  // it may wait
+    memory_.reset();
+  }
+  const std::shared_ptr<tpk::nccl::Memory>& memory() const { return memory_; }
+
+ private:
+  std::shared_ptr<tpk::nccl::Memory> memory_;
+};
+
 void bind_nccl_communicator(py::module_& m) {
   namespace nccl = tpk::nccl;
   using std::uintptr_t;
@@ -119,6 +133,10 @@ void bind_nccl_communicator(py::module_& m) {
     return py::bytes(id.bytes, sizeof id.bytes);
   });
   py::class_<nccl::Handle>(m, "NcclHandle");
+  py::class_<NcclMemory>(m, "NcclMemory")
+      .def_property_readonly("address",
+                             [](NcclMemory& self) { return reinterpret_cast<uintptr_t>(self.memory()->address()); })
+      .def("used_on", [stream_at](NcclMemory& self, uintptr_t stream) { self.memory()->used_on(stream_at(stream)); });
   py::class_<NcclCommunicator>(m, "NcclCommunicator")
       .def(py::init<const std::string&, int, int, int, const std::string&>())
       .def("start",
@@ -167,6 +185,30 @@ void bind_nccl_communicator(py::module_& m) {
            [stream_at](NcclCommunicator& self, uintptr_t stream, double timeout) {
              self.run([&](nccl::Communicator& native) { return native.guard_replay(stream_at(stream), timeout); });
            })
+      .def("allocate",
+           [](NcclCommunicator& self, std::size_t bytes) {
+             std::shared_ptr<nccl::Memory> memory;
+             self.run([&](nccl::Communicator& native) { return native.allocate(bytes, &memory); });
+             return std::make_unique<NcclMemory>(std::move(memory));
+           })
+      // What it came to: 0 nothing, 1 registered, 2 a window.
+      .def(
+          "register",
+          [](NcclCommunicator& self, uintptr_t address, std::size_t bytes, bool window, const NcclMemory* memory,
+             double timeout) {
+            nccl::Registered kind = nccl::Registered::kNone;
+            auto held = memory == nullptr ? nullptr : memory->memory();
+            self.run([&](nccl::Communicator& native) {
+              return native.register_buffer(at(address), bytes, window, std::move(held), timeout, &kind);
+            });
+            return static_cast<int>(kind);
+          },
+          py::arg("address"), py::arg("bytes"), py::arg("window"), py::arg("memory").none(true), py::arg("timeout"))
+      .def("deregister",
+           [](NcclCommunicator& self, uintptr_t address, double timeout) {
+             self.run([&](nccl::Communicator& native) { return native.deregister_buffer(at(address), timeout); });
+           })
+      .def_property_readonly("registrations", [](NcclCommunicator& self) { return self.native().registrations(); })
       .def("check", [](NcclCommunicator& self) { self.run([](nccl::Communicator& native) { return native.check(); }); })
       .def("abort", [](NcclCommunicator& self, const std::string& why) { self.native().abort(why); })
       .def("close",

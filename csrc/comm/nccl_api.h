@@ -86,7 +86,7 @@ struct Config {
 static_assert(sizeof(Config) == 48 && offsetof(Config, blocking) == 16 && offsetof(Config, net_name) == 32 &&
               offsetof(Config, split_share) == 40);
 
-// Entry points; names as in NCCL without the prefix.
+// Entry points; names as in NCCL without the prefix. Those of the last block are null where the library lacks them.
 struct Functions {
   Result (*GetVersion)(int*);
   Result (*GetUniqueId)(UniqueId*);
@@ -104,6 +104,12 @@ struct Functions {
   Result (*Reduce)(const void*, void*, std::size_t, DataType, RedOp, int, Comm, Stream);
   Result (*GroupStart)();
   Result (*GroupEnd)();
+  Result (*MemAlloc)(void**, std::size_t);  // these four since 2.19
+  Result (*MemFree)(void*);
+  Result (*CommRegister)(Comm, void*, std::size_t, void**);
+  Result (*CommDeregister)(Comm, void*);
+  Result (*CommWindowRegister)(Comm, void*, std::size_t, void**, int);  // these two since 2.27
+  Result (*CommWindowDeregister)(Comm, void*);
 };
 
 }  // namespace tpk::nccl

@@ -245,6 +245,7 @@ Status Communicator::guard_replay(cudaStream_t stream, double timeout) {
   if (end == nullptr) return Status::Error(Code::kCuda, where(Operation::kReplay) + ": " + error);
   const cudaError_t result = cudaEventRecord(static_cast<cudaEvent_t>(end.get()), stream);
   if (result != cudaSuccess) return cuda_error(where(Operation::kReplay), result);
+  registrations_.used_on(stream);
   const std::int64_t now = steady_now();
   watchdog_.flight().add_replay({Operation::kReplay, ++replays_, now, now + nanoseconds(timeout), end});
   watchdog_.note_activity();
@@ -259,6 +260,72 @@ Status Communicator::capture_of(cudaStream_t stream, Operation operation, unsign
   if (state == cudaStreamCaptureStatusInvalidated)
     return Status::Error(Code::kCuda, where(operation) + ": the graph capture on this stream has failed before");
   *capture = state == cudaStreamCaptureStatusActive ? id : 0;
+  return Status::Ok();
+}
+
+// Registered buffers --------------------------------------------------------------------------------------------------
+
+Status Communicator::allocate(std::size_t bytes, std::shared_ptr<Memory>* memory) const {
+  return Memory::allocate(library_, device_, bytes, memory);
+}
+
+Status Communicator::register_buffer(void* address, std::size_t bytes, bool window, std::shared_ptr<Memory> memory,
+                                     double timeout, Registered* kind) {
+  const Functions& f = library_.call;
+  const auto refuse = [&](const std::string& what) {
+    return Status::Error(Code::kInvalidArgument, where(Operation::kRegister) + ": " + what);
+  };
+  *kind = Registered::kNone;
+  if (address == nullptr || bytes == 0) return refuse("an empty buffer");
+  if (f.CommRegister == nullptr || f.CommDeregister == nullptr)
+    return Status::Error(Code::kSystem, "NCCL " + version_text(library_.version) + " has no ncclCommRegister");
+  window = window && library_.version >= kFirstVersionWithWindows && f.CommWindowRegister != nullptr &&
+           f.CommWindowDeregister != nullptr;
+  const std::lock_guard lock(calls_);
+  if (Status status = usable(Operation::kRegister); !status.ok()) return status;
+  if (!ready_) return refuse("not connected yet");
+  if (registrations_.find(address) != nullptr) return refuse("the buffer is registered already");
+  const DeviceScope scope(device_);
+  const RelaxedCapture relaxed;
+  const std::uint64_t sequence = ++sequence_;
+  const std::int64_t now = steady_now(), deadline = now + nanoseconds(timeout);
+  watchdog_.flight().add({Operation::kRegister, sequence, now, deadline, nullptr});
+  watchdog_.note_activity();
+  // Known from here on: if the call is given up, NCCL may still write the handle until it is aborted.
+  const RegistrationPtr made = registrations_.add(address, bytes, std::move(memory));
+  Status status;
+  if (window) {
+    const Result result = f.CommWindowRegister(comm_, address, bytes, &made->handle, kWindowSymmetric);
+    status = settle(result, Operation::kRegister, sequence, deadline);
+    if (status.ok() && made->handle != nullptr) made->kind = Registered::kWindow;
+  }
+  if (status.ok() && made->handle == nullptr) {
+    const Result result = f.CommRegister(comm_, address, bytes, &made->handle);
+    if (result != kSuccess) made->handle = nullptr;
+    if (result == kSuccess && made->handle != nullptr) made->kind = Registered::kLocal;
+    if (result != kSuccess)
+      status = Status::Error(Code::kSystem, where(Operation::kRegister) + ": ncclCommRegister: " + explain(result));
+  }
+  watchdog_.flight().drop(sequence);
+  *kind = made->kind;
+  if (*kind == Registered::kNone && !watchdog_.failed()) registrations_.remove(made);
+  return status;
+}
+
+Status Communicator::deregister_buffer(const void* address, double timeout) {
+  const bool drained = drain(steady_now() + nanoseconds(timeout));
+  const std::lock_guard lock(calls_);
+  if (Status status = usable(Operation::kRegister); !status.ok()) return status;
+  const RegistrationPtr one = registrations_.find(address);
+  if (one == nullptr)
+    return Status::Error(Code::kInvalidArgument, where(Operation::kRegister) + ": the buffer is not registered");
+  if (!drained) return Status::Error(Code::kTimeout, where(Operation::kRegister) + ": collectives are still in flight");
+  const DeviceScope scope(device_);
+  const RelaxedCapture relaxed;
+  const Result result = deregister(library_.call, comm_, one.get(), timeout);
+  if (result != kSuccess)
+    return break_with(Code::kSystem, Operation::kRegister, sequence_, "deregistering: " + explain(result));
+  registrations_.remove(one);
   return Status::Ok();
 }
 
@@ -334,15 +401,21 @@ void Communicator::abort_now() {
 // to do the same, and for every graph that holds the communicator to be destroyed.
 void Communicator::release(Comm comm, bool gracefully, double grace) {
   if (comm == nullptr) return;
+  auto registrations = registrations_.take();
+  const auto alive = registrations_.alive();
   auto finished = std::make_shared<std::promise<void>>();
   auto future = finished->get_future();
   const bool in_graphs = captured_;
-  std::thread([f = library_.call, device = device_, comm, gracefully, in_graphs, finished, grace] {
+  std::thread([f = library_.call, device = device_, comm, gracefully, in_graphs, finished, grace, alive,
+               registrations = std::move(registrations)]() mutable {
     cudaSetDevice(device);
     auto mode = cudaStreamCaptureModeRelaxed;
     cudaThreadExchangeStreamCaptureMode(&mode);
     Result state = kRemoteError;
+    const int registered = static_cast<int>(registrations.size());
     if (gracefully) {
+      for (const RegistrationPtr& one : registrations) deregister(f, comm, one.get(), grace / 2);
+      *alive -= registered;
       const std::int64_t deadline =
           in_graphs ? std::numeric_limits<std::int64_t>::max() : steady_now() + nanoseconds(std::max(grace, 5.0));
       state = f.CommFinalize(comm);
@@ -355,20 +428,26 @@ void Communicator::release(Comm comm, bool gracefully, double grace) {
       f.CommDestroy(comm);
     else
       f.CommAbort(comm);
+    if (!gracefully) *alive -= registered;
+    registrations.clear();  // frees memory that nobody else holds
     finished->set_value();
   }).detach();
   future.wait_for(std::chrono::nanoseconds(nanoseconds(in_graphs ? std::min(grace, 0.2) : grace)));
 }
 
-void Communicator::close(double grace) {
-  if (forked() || closed_.exchange(true)) return;
+// Waits for what is in flight; false if it has not ended by the deadline.
+bool Communicator::drain(std::int64_t deadline) {
   Flight& flight = watchdog_.flight();
-  const std::int64_t deadline = steady_now() + nanoseconds(grace);
   while (flight.size() > 0 && !watchdog_.failed()) {
     if (flight.review(steady_now(), query_event) || flight.size() == 0 || steady_now() >= deadline) break;
     usleep(200);
   }
-  const bool clean = ready_ && flight.size() == 0 && !watchdog_.failed();
+  return flight.size() == 0 && !watchdog_.failed();
+}
+
+void Communicator::close(double grace) {
+  if (forked() || closed_.exchange(true)) return;
+  const bool clean = drain(steady_now() + nanoseconds(grace)) && ready_;
   watchdog_.stop();
   Comm comm = nullptr;
   {

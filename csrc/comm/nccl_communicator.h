@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "comm/nccl_buffers.h"
 #include "comm/nccl_events.h"
 #include "comm/nccl_library.h"
 #include "comm/nccl_watchdog.h"
@@ -69,6 +70,18 @@ class Communicator {
   // Watches what has been put on `stream` so far, for `timeout` seconds.
   Status guard_replay(cudaStream_t stream, double timeout);
 
+  // Memory that NCCL can register best; does not touch the communicator.
+  Status allocate(std::size_t bytes, std::shared_ptr<Memory>* memory) const;
+  // Registers a buffer, outside of graph captures. With `window` all ranks call it together, and an error breaks the
+  // communicator; without, it is a local call whose errors do not. `memory` is what the buffer lies in, if it came from
+  // allocate(). kNone: NCCL took the call, and made nothing of it.
+  Status register_buffer(void* address, std::size_t bytes, bool window, std::shared_ptr<Memory> memory, double timeout,
+                         Registered* kind);
+  // Ends a registration, when what is in flight has ended; gives up after `timeout` seconds.
+  Status deregister_buffer(const void* address, double timeout);
+  // Registrations that NCCL may still know: memory of the caller's own must stay until there are none.
+  int registrations() const { return registrations_.alive()->load(); }
+
   // The failure that broke the communicator, or Ok. Other calls return the failure only if nobody has seen it yet, and
   // kAborted afterwards.
   Status check();
@@ -98,6 +111,7 @@ class Communicator {
   Status capture_of(cudaStream_t stream, Operation operation, unsigned long long* capture) const;
   std::string explain(Result result) const;
   std::string library_error();
+  bool drain(std::int64_t deadline);
   void abort_now();
   void release(Comm comm, bool gracefully, double grace);
 
@@ -116,6 +130,7 @@ class Communicator {
   std::atomic<bool> reported_{false};
   std::atomic<std::uint64_t> sequence_{0};
   std::uint64_t replays_ = 0;
+  Registrations registrations_;
   struct {
     std::shared_ptr<void> event;
     cudaStream_t stream = nullptr;

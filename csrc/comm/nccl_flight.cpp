@@ -35,6 +35,8 @@ const char* name_of(Operation operation) {
       return "graph replay";
     case Operation::kCreate:
       return "create";
+    case Operation::kRegister:
+      return "register";
   }
   return "unknown";
 }

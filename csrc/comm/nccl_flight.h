@@ -14,7 +14,16 @@
 
 namespace tpk::nccl {
 
-enum class Operation : int { kAllReduce, kReduceScatter, kAllGather, kBroadcast, kBarrier, kReplay, kCreate };
+enum class Operation : int {
+  kAllReduce,
+  kReduceScatter,
+  kAllGather,
+  kBroadcast,
+  kBarrier,
+  kReplay,
+  kCreate,
+  kRegister
+};
 const char* name_of(Operation operation);
 
 // An operation in flight; times in nanoseconds of a steady clock. Without a token it is still being enqueued.

@@ -92,6 +92,13 @@ Status read_functions(void* handle, Library* library) {
   find(handle, "ncclReduce", &f.Reduce, &missing);
   find(handle, "ncclGroupStart", &f.GroupStart, &missing);
   find(handle, "ncclGroupEnd", &f.GroupEnd, &missing);
+  std::string absent;  // no error: see nccl_buffers.h
+  find(handle, "ncclMemAlloc", &f.MemAlloc, &absent);
+  find(handle, "ncclMemFree", &f.MemFree, &absent);
+  find(handle, "ncclCommRegister", &f.CommRegister, &absent);
+  find(handle, "ncclCommDeregister", &f.CommDeregister, &absent);
+  find(handle, "ncclCommWindowRegister", &f.CommWindowRegister, &absent);
+  find(handle, "ncclCommWindowDeregister", &f.CommWindowDeregister, &absent);
   const std::string which =
       "NCCL: " + (library->path.empty() ? "the library" : library->path) + " (found by: " + library->source + ")";
   // Asked before what is missing: an old library lacks functions, and its age says more than their names.

@@ -1,170 +1,6 @@
-// A CUDA runtime and an NCCL of make-believe, and the checks of csrc/comm/nccl_communicator.cpp that run on them.
-// Built and run by test_nccl_communicator.py. Streams are lists of operations; an operation that hangs holds up its
-// stream until the communicator is aborted, as a kernel does that waits for a dead peer.
-#include <cuda_runtime_api.h>
-#include <unistd.h>
-
-#include <atomic>
-#include <cstdio>
-#include <cstdlib>
-#include <functional>
-#include <map>
-#include <mutex>
-#include <string>
-#include <thread>
-#include <vector>
-
-#include "comm/nccl_communicator.h"
-
-using namespace tpk;
-using namespace tpk::nccl;
-
-namespace {
-
-struct FakeStream {
-  int submitted = 0;
-  int stuck_at = 0;  // index of the operation that hangs, 0: none
-  unsigned long long capture = 0;
-};
-struct FakeEvent {
-  FakeStream* stream = nullptr;
-  int index = 0;
-  unsigned long long capture = 0;
-};
-
-std::mutex lock;
-std::string journal;
-std::map<const void*, std::string> names;
-int events_alive = 0, streams_alive = 0, queries_of_captured = 0, aborts = 0, destroys = 0, finalizes = 0;
-std::atomic<bool> hang{false}, stuck_in_launch{false}, aborted{false};
-std::atomic<int> in_progress{0};  // how often the communicator says that it is
-std::atomic<int> async_error{0};
-thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
-
-FakeStream* stream_of(cudaStream_t stream) { return reinterpret_cast<FakeStream*>(stream); }
-FakeEvent* event_of(cudaEvent_t event) { return reinterpret_cast<FakeEvent*>(event); }
-std::string name(const void* stream) {
-  const auto found = names.find(stream);
-  return found != names.end() ? found->second : "unnamed";
-}
-
-Result collective(const char* what, std::size_t count, void* stream) {
-  while (stuck_in_launch && !aborted) usleep(1000);
-  const std::lock_guard guard(lock);
-  auto* s = static_cast<FakeStream*>(stream);
-  ++s->submitted;
-  if (hang && s->stuck_at == 0) s->stuck_at = s->submitted;
-  journal += std::string(what) + std::to_string(count) + "@" + name(s) + " ";
-  return in_progress > 0 ? kInProgress : kSuccess;
-}
-
-Library fake_library() {
-  Library library;
-  library.version = 22809;
-  Functions& f = library.call;
-  f.CommInitRankConfig = [](Comm* comm, int, UniqueId, int, Config* config) -> Result {
-    *comm = new int(0);
-    return config->blocking == 0 ? kInProgress : kSuccess;
-  };
-  f.CommGetAsyncError = [](Comm, Result* state) -> Result {
-    *state = in_progress > 0 ? kInProgress : static_cast<Result>(async_error.load());
-    if (in_progress > 0) --in_progress;
-    return kSuccess;
-  };
-  f.CommFinalize = [](Comm) -> Result { return ++finalizes, kInProgress; };
-  f.CommDestroy = [](Comm comm) -> Result { return ++destroys, delete static_cast<int*>(comm), kSuccess; };
-  f.CommAbort = [](Comm comm) -> Result {
-    aborted = true;
-    return ++aborts, delete static_cast<int*>(comm), kSuccess;
-  };
-  f.GetErrorString = [](Result) -> const char* { return "an error of NCCL"; };
-  f.GetLastError = [](Comm) -> const char* { return "its details"; };
-  f.AllReduce = [](const void*, void*, std::size_t n, DataType, RedOp, Comm, Stream s) {
-    return collective("all_reduce", n, s);
-  };
-  f.ReduceScatter = [](const void*, void*, std::size_t n, DataType, RedOp, Comm, Stream s) {
-    return collective("reduce_scatter", n, s);
-  };
-  f.AllGather = [](const void*, void*, std::size_t n, DataType, Comm, Stream s) {
-    return collective("all_gather", n, s);
-  };
-  f.Broadcast = [](const void*, void*, std::size_t n, DataType, int, Comm, Stream s) {
-    return collective("broadcast", n, s);
-  };
-  f.Reduce = [](const void*, void*, std::size_t n, DataType, RedOp, int, Comm, Stream s) {
-    return collective("reduce", n, s);
-  };
-  f.GroupStart = []() -> Result { return journal += "( ", kSuccess; };
-  f.GroupEnd = []() -> Result { return journal += ") ", kSuccess; };
-  return library;
-}
-
-}  // namespace
-
-// The runtime
-// -----------------------------------------------------------------------------------------------------------
-
-extern "C" {
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "a CUDA error"; }
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* other) {
-  return std::swap(mode, *other), cudaSuccess;
-}
-cudaError_t cudaDeviceGetStreamPriorityRange(int* lowest, int* highest) {
-  return *lowest = 0, *highest = -5, cudaSuccess;
-}
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
-  *stream = reinterpret_cast<cudaStream_t>(new FakeStream);
-  return ++streams_alive, cudaSuccess;
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  const std::lock_guard guard(lock);
-  names.erase(stream);
-  return --streams_alive, delete stream_of(stream), cudaSuccess;
-}
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
-                                     cudaGraph_t*, const cudaGraphNode_t**, const cudaGraphEdgeData**, std::size_t*) {
-  *id = stream_of(stream)->capture;
-  *status = *id != 0 ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = reinterpret_cast<cudaEvent_t>(new FakeEvent);
-  const std::lock_guard guard(lock);
-  return ++events_alive, cudaSuccess;
-}
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  const std::lock_guard guard(lock);
-  return --events_alive, delete event_of(event), cudaSuccess;
-}
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  const std::lock_guard guard(lock);
-  *event_of(event) = {stream_of(stream), stream_of(stream)->submitted, stream_of(stream)->capture};
-  return cudaSuccess;
-}
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  const std::lock_guard guard(lock);
-  FakeEvent* e = event_of(event);
-  FakeStream* s = stream_of(stream);
-  if (e->capture != 0 && s->capture == 0) s->capture = e->capture;  // joins the capture
-  if (e->capture != s->capture) return cudaErrorStreamCaptureIsolation;
-  journal += name(s) + "<" + name(e->stream) + ":" + std::to_string(e->index) + " ";
-  return cudaSuccess;
-}
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-  const std::lock_guard guard(lock);
-  FakeEvent* e = event_of(event);
-  if (e->capture != 0) return ++queries_of_captured, cudaErrorCapturedEvent;
-  if (mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
-  const int stuck = e->stream->stuck_at;
-  return stuck == 0 || e->index < stuck || aborted ? cudaSuccess : cudaErrorNotReady;
-}
-}
-
-// The checks
-// -------------------------------------------------------------------------------------------------------------
+// The checks of csrc/comm/nccl_communicator.cpp that run on a CUDA runtime and an NCCL of make-believe. Built and run
+// by test_nccl_communicator.py.
+#include "nccl_fake.h"
 
 namespace {
 
@@ -179,8 +15,10 @@ const Library kLibrary = fake_library();
 int device_memory[4];
 
 struct World {
-  explicit World(bool blocking = false) : communicator(kLibrary, 1, 3, 0, "g") {
+  explicit World(bool blocking = false, const Library& library = kLibrary) : communicator(library, 1, 3, 0, "g") {
     seen();
+    lifecycle.clear();
+    fail_alloc = fail_register = fail_window = no_peer_access = stuck_in_window = false;
     hang = stuck_in_launch = aborted = false;
     async_error = 0;
     in_progress = 2;
@@ -359,6 +197,163 @@ void nothing_grows() {
   EXPECT(late.event != nullptr);  // the pool outlives its owner
 }
 
+std::string lived() {
+  const std::lock_guard guard(lock);
+  return lifecycle;
+}
+
+bool nothing_left() {
+  const std::lock_guard guard(lock);
+  return memory_alive == 0 && locals.empty() && windows.empty();
+}
+
+void buffers_by_version() {
+  static const Library k18 = fake_library(21800), k19 = fake_library(21903), k27 = fake_library(22703);
+  static const Library k30 = fake_library(23007);
+  const struct {
+    const Library& library;
+    bool peers;
+    Registered kind;
+    const char* story;
+  } cases[] = {
+      {k19, true, Registered::kLocal, "register deregister finalize destroy free "},
+      {k27, true, Registered::kLocal, "register deregister finalize destroy free "},
+      {kLibrary, true, Registered::kWindow, "window unwindow finalize destroy free "},
+      {k30, true, Registered::kWindow, "window unwindow finalize destroy free "},
+      {k30, false, Registered::kLocal, "nothing register deregister finalize destroy free "},
+  };
+  for (const auto& one : cases) {
+    World w(false, one.library);
+    no_peer_access = !one.peers;
+    in_progress = 3;  // of a non-blocking communicator
+    std::shared_ptr<Memory> memory;
+    EXPECT(w.communicator.allocate(4096, &memory).ok() && memory->bytes() == 4096);
+    Registered kind = Registered::kNone;
+    EXPECT(w.communicator.register_buffer(memory->address(), 4096, true, memory, 5, &kind).ok());
+    EXPECT(kind == one.kind && w.communicator.registrations() == 1 && w.communicator.in_flight() == 0);
+    EXPECT(w.communicator.register_buffer(memory->address(), 4096, true, memory, 5, &kind).code ==
+           Code::kInvalidArgument);
+    memory.reset();
+    EXPECT(memory_alive == 1);  // the communicator's
+    w.communicator.close(1);
+    EXPECT(lived() == one.story && nothing_left() && w.communicator.registrations() == 0);
+  }
+  World w(false, k18);
+  std::shared_ptr<Memory> memory;
+  Registered kind = Registered::kWindow;
+  EXPECT(contains(w.communicator.allocate(4096, &memory).message, "2.18.0 has no ncclMemAlloc"));
+  EXPECT(contains(w.communicator.register_buffer(device_memory, 16, true, nullptr, 5, &kind).message,
+                  "2.18.0 has no ncclCommRegister"));
+  EXPECT(kind == Registered::kNone && w.run(Operation::kAllReduce, w.one).ok());
+}
+
+void buffers_end_one_by_one() {
+  World w;
+  std::shared_ptr<Memory> memory;
+  Registered kind = Registered::kNone;
+  EXPECT(w.communicator.allocate(64, &memory).ok());
+  EXPECT(w.communicator.register_buffer(memory->address(), 64, false, memory, 5, &kind).ok());
+  EXPECT(kind == Registered::kLocal && lived() == "register ");
+  EXPECT(w.communicator.register_buffer(device_memory, 16, false, nullptr, 5, &kind).ok());
+  EXPECT(w.communicator.registrations() == 2);
+  EXPECT(w.communicator.deregister_buffer(memory->address(), 1).ok());
+  EXPECT(w.communicator.deregister_buffer(memory->address(), 1).code == Code::kInvalidArgument);
+  EXPECT(w.communicator.registrations() == 1 && memory_alive == 1);
+  memory.reset();
+  EXPECT(memory_alive == 0);
+  hang = true;
+  EXPECT(w.run(Operation::kAllReduce, w.one).ok());
+  EXPECT(w.communicator.deregister_buffer(device_memory, 0.05).code == Code::kTimeout);
+  EXPECT(w.communicator.registrations() == 1);
+  w.communicator.close(0.05);
+  EXPECT(w.communicator.registrations() == 0 && contains(lived(), "abort ") && nothing_left());
+}
+
+void buffers_that_fail() {
+  {
+    World w;
+    std::shared_ptr<Memory> memory;
+    Registered kind = Registered::kNone;
+    fail_alloc = true;
+    EXPECT(contains(w.communicator.allocate(64, &memory).message, "ncclMemAlloc of 64 bytes: an error of NCCL"));
+    EXPECT(memory == nullptr);
+    fail_register = true;  // a local call: the communicator goes on
+    EXPECT(contains(w.communicator.register_buffer(device_memory, 16, false, nullptr, 5, &kind).message,
+                    "ncclCommRegister: an error of NCCL"));
+    EXPECT(kind == Registered::kNone && w.communicator.registrations() == 0);
+    EXPECT(w.communicator.register_buffer(nullptr, 16, false, nullptr, 5, &kind).code == Code::kInvalidArgument);
+    EXPECT(w.run(Operation::kAllReduce, w.one).ok());
+  }
+  for (const bool stuck : {false, true}) {  // a collective: the communicator is broken, at the latest at the deadline
+    for (const bool blocking : {false, true}) {
+      World w(blocking);
+      (stuck ? stuck_in_window : fail_window) = true;
+      const int before = aborts;
+      std::shared_ptr<Memory> memory;
+      Registered kind = Registered::kNone;
+      EXPECT(w.communicator.allocate(64, &memory).ok());
+      const Status status = w.communicator.register_buffer(memory->address(), 64, true, memory, 0.2, &kind);
+      EXPECT(!status.ok() && contains(status.message, "register") && kind == Registered::kNone);
+      EXPECT(w.run(Operation::kAllReduce, w.one).code == Code::kAborted);
+      memory.reset();
+      w.communicator.close(1);
+      EXPECT(aborts == before + 1 && nothing_left() && w.communicator.registrations() == 0);
+      EXPECT(lived() == "abort free ");
+    }
+  }
+}
+
+void buffers_in_use() {
+  const auto at = [](FakeStream& stream) { return reinterpret_cast<cudaStream_t>(&stream); };
+  for (const bool guarded : {true, false}) {  // a graph is still being replayed when the communicator is closed
+    World w;
+    std::shared_ptr<Memory> memory;
+    Registered kind = Registered::kNone;
+    EXPECT(w.communicator.allocate(64, &memory).ok());
+    EXPECT(w.communicator.register_buffer(memory->address(), 64, true, memory, 5, &kind).ok());
+    memory->used_on(at(w.one));
+    EXPECT(memory->quiet(0.05));
+    w.two.submitted = 3;
+    w.two.stuck_at = 2;
+    if (guarded) EXPECT(w.communicator.guard_replay(at(w.two), 60).ok());
+    if (!guarded) memory->used_on(at(w.two));
+    EXPECT(!memory->quiet(0.05));
+    memory.reset();
+    w.communicator.close(0.2);
+    EXPECT(lived() == (guarded ? "window abort free " : "window finalize destroy "));
+    EXPECT(memory_alive == (guarded ? 0 : 1) && w.communicator.registrations() == 0);
+    memory_alive = 0;
+  }
+  World w;  // a tensor outlives the communicator, and a capture is under way when it goes
+  std::shared_ptr<Memory> memory;
+  EXPECT(w.communicator.allocate(64, &memory).ok());
+  memory->used_on(at(w.one));
+  w.communicator.close(1);
+  EXPECT(memory_alive == 1);
+  w.one.capture = 5;
+  memory.reset();
+  EXPECT(memory_alive == 1 && !contains(lived(), "free"));
+  w.one.capture = 0;
+  memory_alive = 0;
+}
+
+void buffers_do_not_pile_up() {
+  for (int i = 0; i < 100; ++i) {
+    World w;
+    Registered kind = Registered::kNone;
+    for (const bool window : {true, false}) {
+      std::shared_ptr<Memory> memory;
+      EXPECT(w.communicator.allocate(64, &memory).ok());
+      EXPECT(w.communicator.register_buffer(memory->address(), 64, window, memory, 5, &kind).ok());
+    }
+    if (i % 4 == 1) w.communicator.abort("a peer died");
+    if (i % 4 == 2) EXPECT(w.run(Operation::kAllReduce, w.one).ok());
+    if (i % 2 == 0) w.communicator.close(1);
+  }
+  for (int i = 0; i < 2000 && !nothing_left(); ++i) usleep(1000);  // the last ones are aborted by their own threads
+  EXPECT(nothing_left());
+}
+
 void several_threads() {
   World w;
   std::vector<std::thread> threads;
@@ -376,7 +371,8 @@ void several_threads() {
 
 int main() {
   for (auto check : {order_of_streams, uneven_parts, captures, deadline_passes, library_reports, enqueuing_hangs,
-                     nothing_grows, several_threads})
+                     nothing_grows, buffers_by_version, buffers_end_one_by_one, buffers_that_fail, buffers_in_use,
+                     buffers_do_not_pile_up, several_threads})
     check();
   std::printf("%d failures\n", failures);
   std::fflush(stdout);

@@ -30,8 +30,17 @@ def test_communicator_on_a_device_of_make_believe(tmp_path):
         pytest.skip("needs g++ and the CUDA headers")
     program = tmp_path / "checks"
     sources = [Path(__file__).with_name("nccl_fake_device.cpp"), *(ROOT / "csrc" / "comm" / name for name in SOURCES)]
-    command = [compiler, "-std=c++17", "-O0", f"-I{ROOT / 'csrc'}", f"-I{include}", *map(str, sources)]
-    build = subprocess.run([*command, "-o", str(program), "-lpthread", "-ldl"], capture_output=True, text=True)
+    command = [compiler, "-std=c++17", "-O0", f"-I{ROOT / 'csrc'}", f"-I{include}"]
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+    builds = [
+        subprocess.Popen([*command, "-c", str(source), "-o", str(to)], stderr=subprocess.PIPE, text=True)
+        for source, to in zip(sources, objects, strict=True)
+    ]
+    for build in builds:
+        _, errors = build.communicate(timeout=120)
+        assert build.returncode == 0, errors
+    link = [compiler, *map(str, objects), "-o", str(program), "-lpthread", "-ldl"]
+    build = subprocess.run(link, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tp_kernels import _native
+from tp_kernels.comm import nccl_connect
 from tp_kernels.comm.errors import CommError, CommMismatchError, CommTimeoutError, PeerDiedError
 from tp_kernels.comm.nccl_connect import NCCLUnavailable, check_facts, cta_overrides
 from tp_kernels.comm.nccl_library import nccl_library_info, wheel_hint
@@ -171,7 +173,7 @@ def test_creation_without_a_gpu_fails_on_all_ranks_as_unavailable():
     for thread in threads:
         thread.join()
     assert [type(error) for error in errors] == [NCCLUnavailable] * 2, errors
-    for bad in ({"device": "cpu"}, {"max_ctas": 0}, {"timeout": 0}):
+    for bad in ({"device": "cpu"}, {"max_ctas": 0}, {"timeout": 0}, {"buffer_bytes": -1}):
         with pytest.raises(ValueError):
             NCCLCommunicator.create(0, 1, "g", store, **{"device": "cuda:0", **bad})
 
@@ -312,12 +314,14 @@ def test_absent_and_dead_ranks_are_named(monkeypatch):
 
 
 def test_facts_that_prevent_a_connection():
-    good = {"error": "", "version": 22809}
+    good = {"error": "", "version": 22809, "options": {"max_ctas": 8, "registered_buffers": False}}
     check_facts([good, {**good, "version": 22805}])
     with pytest.raises(NCCLUnavailable, match=r"rank 1: no library"):
         check_facts([good, {**good, "error": "no library"}])
     with pytest.raises(NCCLUnavailable, match=r"rank 0: 2\.28\.9, rank 1: 2\.30\.7"):
         check_facts([good, {**good, "version": 23007}])
+    with pytest.raises(ValueError, match=r"the same max_ctas, got rank 0: 8, rank 1: None, rank 2: 8"):
+        check_facts([good, {**good, "options": {**good["options"], "max_ctas": None}}, good])
 
 
 def test_variables_that_overrule_max_ctas_are_named():
@@ -325,3 +329,23 @@ def test_variables_that_overrule_max_ctas_are_named():
     assert cta_overrides(8, {"PATH": "/bin", "NCCL_MIN_CTAS": ""}) is None
     text = cta_overrides(8, {"NCCL_MAX_CTAS": "4", "NCCL_MIN_CTAS": "2"})
     assert text == "max_ctas=8 is overruled by NCCL_MAX_CTAS=4, NCCL_MIN_CTAS=2 in the environment"
+
+
+def test_what_overrules_max_ctas_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr(nccl_connect, "_warned", set())
+    monkeypatch.setenv("NCCL_MAX_CTAS", "4")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for max_ctas in (8, 8, None, 16):
+            nccl_connect.warn_of_cta_overrides(max_ctas)
+    assert ["max_ctas=8 is" in str(w.message) for w in caught] == [True, False] and "=16 is" in str(caught[1].message)
+
+
+def test_options_are_checked():
+    expected = {"max_ctas": 8, "registered_buffers": True, "buffer_bytes": 64 << 20}
+    assert nccl_connect.check_options(8, True) == expected
+    for bad in ({"max_ctas": 0}, {"max_ctas": 65}, {"max_ctas": 8.0}, {"max_ctas": True}, {"buffer_bytes": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            nccl_connect.check_options(**bad)
+    with pytest.raises(ValueError, match="registered_buffers must be True or False, got 'yes'"):
+        nccl_connect.check_options(registered_buffers="yes")

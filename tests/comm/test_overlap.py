@@ -326,6 +326,30 @@ def check_bits(group):
         assert torch.equal(overlapped, one_by_one)
 
 
+def check_buffer(group):
+    """A buffer of the communicator's takes the sums that nobody keeps, and no others."""
+    own = own_features(group)
+    x, w, residual = integers(M, K, seed=1)[:, own], integers(N, K, seed=2)[:, own], integers(M, N, seed=3)
+    late, asked = delayed(group), []
+
+    def get_buffer(shape, dtype):
+        asked.append(torch.full(shape, float("nan"), dtype=dtype))
+        return asked[-1]
+
+    call = {"group": late, "overlap": "chunked", "chunks": 3}
+    kept = ops.linear_all_reduce(x, w, residual=residual, **call)
+    want = ops.linear_all_reduce(x, w, residual=residual, norm_weight=torch.ones(N), **call)
+    late.communicator.get_buffer = get_buffer
+    assert torch.equal(ops.linear_all_reduce(x, w, residual=residual, **call), kept) and not asked
+    found = ops.linear_all_reduce(x, w, residual=residual, norm_weight=torch.ones(N), **call)
+    assert [(buffer + residual).equal(kept) for buffer in asked] == [True]
+    asked[0].fill_(float("nan"))  # the next call's
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    late.communicator.get_buffer = lambda shape, dtype: None  # it would not fit
+    found = ops.linear_all_reduce(x, w, residual=residual, norm_weight=torch.ones(N), **call)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 def check_gradients(group):
     own = own_features(group)
     grads = []
@@ -424,7 +448,7 @@ def test_forward(rank_pool, world_size, dtype):
 
 
 @pytest.mark.parametrize(
-    "check", [check_bits, check_gradients, check_failure_leaves_nothing_in_flight, check_agreement]
+    "check", [check_bits, check_buffer, check_gradients, check_failure_leaves_nothing_in_flight, check_agreement]
 )
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks(rank_pool, world_size, check):

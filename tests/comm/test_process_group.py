@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tp_kernels.comm import (
     explain,
     get_tp_group,
     init,
+    process_group,
     resolve_group,
     shutdown,
 )
@@ -100,6 +102,8 @@ def test_a_group_cannot_be_pickled_and_is_shared_by_copies():
         ({"rank": 0, "world_size": 1, "backend": "mpi"}, "backend must be one of"),
         ({"rank": 0, "world_size": 1, "timeout": 0}, "timeout"),
         ({"rank": 0, "world_size": 1, "device": "tpu"}, "device must be"),
+        ({"rank": 0, "world_size": 1, "max_ctas": 65}, "max_ctas must be an integer between 1 and 64"),
+        ({"rank": 0, "world_size": 1, "registered_buffers": 1}, "registered_buffers must be True or False"),
         ({"rank": 0, "world_size": 1, "device": "meta"}, "device must be"),
         ({"rank": 0, "world_size": 2, "init_method": "http://x"}, "init_method"),
         ({"rank": 0, "world_size": 2, "init_method": "tcp://host"}, "tcp://host:port"),
@@ -247,6 +251,35 @@ def disagree(group, path):
     return "no error"
 
 
+def disagree_on_max_ctas(group, path):
+    rank = group.rank
+    shutdown()
+    try:
+        init(rank, 2, f"file://{path}/ctas", max_ctas=(8, None)[rank], timeout=20)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def options_of_nccl(group, path):
+    """What the makers of transports are given, for the default group and for one of the user's."""
+    from tp_kernels.comm import gpu_group
+
+    shutdown()
+    given = []
+    with (
+        mock.patch.object(process_group, "create_group", wraps=process_group.create_group) as create,
+        init(group.rank, 2, f"file://{path}/options", max_ctas=8, registered_buffers=True, timeout=20),
+    ):
+        resolve_group(dist.new_group([0, 1]))
+    for call in create.call_args_list:
+        options, device = call.kwargs["nccl_options"], torch.device("cuda", 0)
+        with mock.patch("tp_kernels.comm.nccl.NCCLCommunicator.create") as made:
+            gpu_group.makers_of(0, 2, "g", dist.HashStore(), None, device, 5.0, options)["nccl"]()
+        given.append({name: made.call_args.kwargs[name] for name in ("max_ctas", "registered_buffers")})
+    return given
+
+
 def disagree_on_backend(group, path):
     rank = group.rank
     shutdown()
@@ -301,7 +334,14 @@ def test_missing_host_of_the_store_is_named(pool):
         assert seconds < 20
 
 
+def test_options_of_nccl_reach_it_from_every_kind_of_group(pool, folder):
+    for given in pool(2).run(options_of_nccl, folder):
+        assert given == [{"max_ctas": 8, "registered_buffers": True}] * 2
+
+
 def test_disagreement_on_sizes_or_backend_is_an_error_everywhere(pool, folder):
+    for message in pool(2).run(disagree_on_max_ctas, folder):
+        assert "'max_ctas': 8" in message and "'max_ctas': None" in message and "same sizes and options" in message
     for message in pool(2).run(disagree, folder):
         assert "rank 0: {'tp_size': 1" in message and "rank 1: {'tp_size': 2" in message
     for message in pool(2).run(disagree_on_backend, folder):

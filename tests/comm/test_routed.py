@@ -62,6 +62,7 @@ class Peer(Recorder):
     """Stands in for SymmetricMemoryCommunicator."""
 
     fused_norm = True
+    algorithms = ("one_shot", "two_shot", "lamport")
     overlap_modes = ("beside",)
 
     def __init__(self, inner, has_multicast=False):
@@ -86,6 +87,13 @@ class Library(Recorder):
 
     def __init__(self, inner):
         super().__init__(inner, "nccl", accumulate="native", order="algorithm", size_dependent=True)
+        self.max_ctas = 8
+
+    def get_buffer(self, shape, dtype, use="input"):
+        return torch.empty(shape, dtype=dtype) if use == "input" and dtype == torch.bfloat16 else None
+
+    def describe(self):
+        return ["nccl: a collective takes at most 8 SMs (max_ctas)"]
 
 
 def local():
@@ -181,6 +189,21 @@ def test_a_path_can_be_chosen_for_measurements():
         group.all_reduce_by(MULTIMEM, torch.ones(3))
 
 
+def test_dtypes_have_paths_of_their_own_where_they_were_measured():
+    rows = {
+        dtype: {"all_reduce": [{"bytes": 4096, "us": {LAMPORT: us, ONE_SHOT: 5.0}}]}
+        for dtype, us in (("bfloat16", 4.0), ("float32", 6.0))
+    }
+    table = default_table(4).with_measured({"gpu": "TESTGPU", "measured": "today", "us": rows})
+    group = routed(table=table)
+    for dtype, path in ((torch.bfloat16, LAMPORT), (torch.float16, LAMPORT), (torch.float32, ONE_SHOT)):
+        assert group.path_for("all_reduce", 4096, dtype) == path
+        group.all_reduce(torch.zeros(2048, dtype=dtype))
+    assert group.counters == {LAMPORT: 2, ONE_SHOT: 1}
+    lines = group.describe()
+    assert lines[lines.index("all_reduce: symm:lamport at every size") + 1] == "  float32: symm:one_shot at every size"
+
+
 def test_fused_norm_belongs_to_peer_memory():
     group = routed()
     rows = torch.zeros(1, 64, dtype=torch.bfloat16)
@@ -194,7 +217,10 @@ def test_fused_norm_belongs_to_peer_memory():
     assert group.get_buffer((2, 3), torch.float32).shape == (2, 3)
     without = routed(("nccl", "gloo"), numerics="nccl")
     assert not without.fused_norm and not without.fuses_norm(64, torch.bfloat16)
-    assert without.get_buffer((2,), torch.float32) is None
+    assert without.get_buffer((2,), torch.float32) is None  # NCCL's, if it has one
+    assert without.get_buffer((2,), torch.bfloat16).shape == (2,)
+    assert without.get_buffer((2,), torch.bfloat16, use="output") is None
+    assert routed(("gloo",)).get_buffer((2,), torch.bfloat16) is None
     with pytest.raises(BackendUnavailableError, match="needs peer memory"):
         without.all_reduce_add_rms_norm(rows, rows, rows[0], 1e-6)
 
@@ -269,6 +295,11 @@ def test_explain_tells_paths_by_size_and_what_ran():
     assert "all_gather: symm up to 1 MB, nccl above" in text
     assert text.endswith("calls so far (a captured call counts once): symm:lamport 1")
     assert "symm:multimem: not there" in "\n".join(routed().describe())
+    assert "nccl: a collective takes at most 8 SMs (max_ctas)" in text
+    assert "nccl: " not in "\n".join(routed(("symm", "gloo")).describe())
+    # The budget is part of what overlap was measured with, where NCCL carries it.
+    assert routed(("nccl", "gloo"), numerics="nccl").max_ctas == 8
+    assert routed().max_ctas is None and routed(numerics="any").max_ctas is None
 
 
 # Ranks: how a group is made ------------------------------------------------------------------------------------------

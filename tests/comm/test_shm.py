@@ -1,6 +1,5 @@
 """SharedMemoryCommunicator: exact at every length around its thresholds, same bits everywhere. Tier: CPU ranks."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -302,23 +301,31 @@ _DIGEST_SCRIPT = (
 )
 
 
-@functools.cache
-def digest_of_reductions(isa):
-    """(instruction set, digest of sums and maxima of every dtype): ranks are three threads of a fresh process."""
-    environment = {**os.environ, "TP_KERNELS_ISA": isa}
-    result = subprocess.run(
-        [sys.executable, "-c", _DIGEST_SCRIPT], env=environment, capture_output=True, text=True, timeout=90
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split()
+@pytest.fixture(scope="module")
+def digests_of_reductions():
+    """What was asked for: (instruction set, digest of sums and maxima of every dtype).
+
+    Ranks are three threads of a fresh process. The processes run at once: most of their time is the import of torch.
+    """
+    command, pipe = [sys.executable, "-c", _DIGEST_SCRIPT], subprocess.PIPE
+    processes = {
+        isa: subprocess.Popen(command, env={**os.environ, "TP_KERNELS_ISA": isa}, stdout=pipe, stderr=pipe, text=True)
+        for isa in ("", "baseline", "avx2")
+    }
+    digests = {}
+    for isa, process in processes.items():
+        out, errors = process.communicate(timeout=90)
+        assert process.returncode == 0, errors
+        digests[isa] = out.split()
+    return digests
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets_give_the_same_bits(isa):
-    best, digest = digest_of_reductions("")
+def test_lesser_instruction_sets_give_the_same_bits(digests_of_reductions, isa):
+    best, digest = digests_of_reductions[""]
     if best == "baseline":
         pytest.skip("this processor has only the baseline kernels")
-    lesser, lesser_digest = digest_of_reductions(isa)
+    lesser, lesser_digest = digests_of_reductions[isa]
     assert lesser == isa
     assert lesser_digest == digest
 

@@ -282,6 +282,51 @@ def test_two_groups_at_once(gpu_ranks, world_size):
     assert all(run(gpu_ranks, world_size, _two_groups))
 
 
+# --- registered memory -----------------------------------------------------------------------------------------------
+
+
+def _registered(group):
+    comm = nccl(group, registered_buffers=True, buffer_bytes=1 << 22)
+    rank, world, count = comm.rank, comm.world_size, 300_000
+    state, x = comm.describe()[1], comm.get_buffer((count,), torch.float32)
+    assert (x is None) == ("buffer: none" in state) and comm.get_buffer((1 << 23,), torch.int8) is None
+    users = torch.zeros(count, device="cuda")
+    try:
+        comm.register(users)
+    except ValueError as error:
+        state += f"; {error}"
+    expected = total(world, count)
+    for operand in (x, users):
+        if operand is None:
+            continue
+        for size in (1, 37, count):
+            part = operand[:size].copy_(data(rank, size))
+            assert comm.all_reduce(part, out=part) is part and equal(part, expected[:size])
+            handle = comm.all_reduce_async(part.copy_(data(rank, size)), out=part)
+            assert equal(handle.wait().clone(), expected[:size])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            comm.all_reduce(operand, out=operand)
+        for _ in range(3):
+            operand.copy_(data(rank, count))
+            graph.replay()
+            comm.guard_replay()
+            assert equal(operand.clone(), expected)
+        del graph
+    gc.collect()
+    comm.barrier()
+    comm.close()
+    if x is not None:  # its memory stays as long as a tensor does
+        assert equal(x.copy_(data(rank, count)), data(rank, count))
+    return state
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_registered_memory_gives_the_same_sums(gpu_ranks, world_size):
+    states = run(gpu_ranks, world_size, _registered)
+    assert len({"buffer: none" in state for state in states}) == 1, states
+
+
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
@@ -427,10 +472,10 @@ def _in_use():
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
 
-def _create_and_destroy(group, times):
+def _create_and_destroy(group, times, options):
     history = []
     for i in range(times):
-        comm = nccl(group)
+        comm = nccl(group, **options)
         assert equal(comm.all_reduce_async(data(comm.rank, 1000)).wait(), total(comm.world_size, 1000))
         comm.barrier()
         comm.close()
@@ -442,6 +487,14 @@ def _create_and_destroy(group, times):
 
 
 def test_created_and_destroyed_a_hundred_times_without_growth(gpu_ranks):
-    for history in run(gpu_ranks, 2, _create_and_destroy, 100, timeout=300.0):
+    for history in run(gpu_ranks, 2, _create_and_destroy, 100, {}, timeout=300.0):
         threads, files, allocated, _ = zip(*history, strict=True)
         assert threads[-1] <= threads[0] + 2 and files[-1] <= files[0] + 4 and allocated[-1] <= allocated[0], history
+
+
+def test_registered_memory_is_given_back(gpu_ranks):
+    options = {"registered_buffers": True, "buffer_bytes": 16 << 20}
+    for history in run(gpu_ranks, 2, _create_and_destroy, 40, options, timeout=200.0):
+        threads, files, allocated, free = zip(*history, strict=True)
+        assert threads[-1] <= threads[0] + 2 and files[-1] <= files[0] + 4 and allocated[-1] <= allocated[0], history
+        assert free[0] - free[-1] < 10 * (16 << 20), f"of 20 buffers a rank: {history}"

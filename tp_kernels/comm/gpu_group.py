@@ -36,9 +36,20 @@ Maker = Callable[[], Communicator]
 
 
 def makers_of(
-    rank: int, world_size: int, name: str, store: Any, process_group: Any, device: torch.device, timeout: float
+    rank: int,
+    world_size: int,
+    name: str,
+    store: Any,
+    process_group: Any,
+    device: torch.device,
+    timeout: float,
+    nccl_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Maker]:
-    """How this rank makes its part of each transport: a collective of all ranks that raises where it fails."""
+    """How this rank makes its part of each transport: a collective of all ranks that raises where it fails.
+
+    Args:
+        nccl_options: of ``NCCLCommunicator.create``, equal on all ranks.
+    """
 
     def symm() -> Communicator:
         from tp_kernels.comm.symmetric import SymmetricMemoryCommunicator
@@ -50,7 +61,7 @@ def makers_of(
         from tp_kernels.comm.nccl import NCCLCommunicator
 
         own = dist.PrefixStore("nccl", store)
-        return NCCLCommunicator.create(rank, world_size, name, own, device, timeout=timeout)
+        return NCCLCommunicator.create(rank, world_size, name, own, device, timeout=timeout, **(nccl_options or {}))
 
     def gloo() -> Communicator:
         from tp_kernels.comm.gloo import GlooCommunicator

@@ -7,9 +7,9 @@ communicator start in the order in which they were made, on whatever streams. A 
 calls by its stream only. Where calls of several communicators can be in flight at once, make them in the same order on
 all ranks, or NCCL may deadlock.
 
-Numerics: whatever NCCL chooses by size and topology. On a ring or a tree 16-bit sums round at every hop. Every element
-is reduced once and then distributed, so all ranks get the same bits, but not those of other transports or sizes. A NaN
-may be lost in a maximum.
+Numerics: whatever NCCL chooses by size, topology and registration of the memory. On a ring or a tree 16-bit sums round
+at every hop. Every element is reduced once and then distributed, or by all ranks in the same order, so all of them get
+the same bits, but not those of other transports or sizes. A NaN may be lost in a maximum.
 
 Memory: tensors of an asynchronous call are told to torch's caching allocator (``record_stream``), so it does not hand
 them out again before the collective has read or written them, even if the handle is dropped. Synchronous calls need
@@ -17,7 +17,8 @@ nothing: their memory is reused in the order of the caller's stream.
 
 CUDA graphs: every call may be captured, asynchronous ones too if they are waited for in the capture. All connections
 are made at creation. Operations of a graph are not watched when it is replayed: call ``guard_replay()`` after a replay.
-A graph holds on to NCCL's resources: destroy it before ``close()`` if they are to be freed.
+A graph holds on to NCCL's resources: destroy it before ``close()`` if they are to be freed. One with memory of
+``get_buffer`` or ``register`` must not be replayed after ``close()``.
 
 Failure: a thread of the native core (csrc/comm/nccl_watchdog.*) aborts the communicator when an operation has not ended
 by its deadline, or NCCL reports an error, for example of a rank that died; kernels that waited then end, and with them
@@ -31,13 +32,13 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tp_kernels._native import native, require_cuda
 from tp_kernels.comm.communicator import (
@@ -53,13 +54,17 @@ from tp_kernels.comm.communicator import (
     resolve_sizes,
 )
 from tp_kernels.comm.errors import CommAbortedError, CommError, CommTimeoutError
+from tp_kernels.comm.nccl_buffers import Buffers, close
 from tp_kernels.comm.nccl_connect import (
+    BUFFER_BYTES,
     NCCLUnavailable,
     check_facts,
-    cta_overrides,
+    check_options,
+    cuda_device,
     own_facts,
     poll,
     raise_failure_of,
+    warn_of_cta_overrides,
 )
 from tp_kernels.comm.nccl_library import wheel_hint
 from tp_kernels.comm.nccl_peers import Peers
@@ -126,8 +131,9 @@ class NCCLCommunicator(Communicator):
         self._failure: CommError | None = None
         self._comm_stream = torch.cuda.ExternalStream(native_communicator.stream, device=device)
         self._scratch = scratch
+        self._buffers = Buffers(native_communicator, peers, device)
         # Before the interpreter takes modules and threads apart, also if nobody calls close().
-        self._finalizer = weakref.finalize(self, native_communicator.close, _CLOSE)
+        self._finalizer = weakref.finalize(self, close, native_communicator, self._buffers, _CLOSE)
 
     @classmethod
     def create(
@@ -140,6 +146,8 @@ class NCCLCommunicator(Communicator):
         *,
         timeout: float = DEFAULT_TIMEOUT,
         max_ctas: int | None = None,
+        registered_buffers: bool = False,
+        buffer_bytes: int = BUFFER_BYTES,
         check: bool | None = None,
         blocking: bool = False,
     ) -> NCCLCommunicator:
@@ -152,33 +160,29 @@ class NCCLCommunicator(Communicator):
             device: of all tensors.
             timeout: seconds to wait for the other ranks, here and by default in every call.
             max_ctas: most thread blocks, each on an SM of its own, that a collective takes; None is NCCL's choice.
+                Variables of NCCL's overrule it (NCCL_MAX_CTAS), which is warned of once.
+            registered_buffers: allocate ``buffer_bytes`` that NCCL can read and write in place, for ``get_buffer``.
+                Where that fails the communicator works without; ``describe`` says so. See comm/nccl_buffers.py.
             check: compare operation, dtype, size and order over the ranks before each call, through the store: slow,
                 for finding mistakes. None is TP_KERNELS_COMM_CHECK=1.
             blocking: launch on the calling thread. Otherwise a thread of NCCL's does, which costs eager calls more
                 time, but lets a connection or a launch that hangs be given up cleanly.
         Raises:
             NCCLUnavailable: on all ranks alike, if any rank could not (no library, ranks on one GPU, out of memory).
-            CommTimeoutError: a rank did not come, or connecting took too long. ValueError: for bad arguments.
+            CommTimeoutError: a rank did not come, or connecting took too long. ValueError: for bad arguments, or
+                ``max_ctas`` or buffers that differ between the ranks.
             RuntimeError: the native core was built without CUDA.
         """
         require_cuda("NCCLCommunicator")
         if not 0 <= rank < world_size:
             raise ValueError(f"expected 0 <= rank < world_size, got rank {rank} of {world_size}")
         check_timeout(timeout)
-        if max_ctas is not None and not 1 <= max_ctas <= 64:
-            raise ValueError(f"max_ctas must be between 1 and 64, got {max_ctas}")
-        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if device.type != "cuda":
-            raise ValueError(f"NCCL needs a CUDA device, got {device}")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        options = check_options(max_ctas, registered_buffers, buffer_bytes)
+        device = cuda_device(device)
         deadline = time.monotonic() + timeout
-        facts = own_facts(rank)
-        peers = Peers(store, rank, world_size, name, facts, timeout)
+        peers = Peers(store, rank, world_size, name, own_facts(rank, options), timeout)
         check_facts(peers.facts)
-        override = cta_overrides(max_ctas, os.environ)
-        if override:
-            warnings.warn(f"tp_kernels: group {name}: {override}", stacklevel=2)
+        warn_of_cta_overrides(max_ctas)
         if check is None:
             check = os.environ.get("TP_KERNELS_COMM_CHECK") == "1"
         unique_id = bytes.fromhex(peers.facts[0]["id"])
@@ -203,6 +207,20 @@ class NCCLCommunicator(Communicator):
         if failed:
             communicator.close()
             raise_failure_of(*failed, name)
+        if not registered_buffers:
+            return communicator
+        works = False
+        try:
+            works = communicator._buffers.make(buffer_bytes, communicator._warm_buffer, timeout)
+        finally:
+            if not works:
+                communicator.close()
+        if works:
+            return communicator
+        reason = communicator._buffers.state
+        options = {"timeout": timeout, "max_ctas": max_ctas, "check": check, "blocking": blocking}
+        communicator = cls.create(rank, world_size, name, dist.PrefixStore("plain", store), device, **options)
+        communicator._buffers.state = reason
         return communicator
 
     def _warm_up(self, long: torch.Tensor, deadline: float) -> None:
@@ -212,15 +230,27 @@ class NCCLCommunicator(Communicator):
         """
         floats = self._scratch.data_ptr()
         parts, behind = [1] * self.world_size, floats + 4 * self.world_size
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        left = max(deadline - time.monotonic(), 1.0)
-        for operation, source, target, counts in (
+        calls = [
             (_ALL_REDUCE, floats, floats, [1]),
             (_REDUCE_SCATTER, floats, behind, parts),
             (_ALL_GATHER, behind, floats, parts),
             (_BROADCAST, floats, floats, [1]),
             (_ALL_REDUCE, long.data_ptr(), long.data_ptr(), [long.numel()]),
-        ):
+        ]
+        self._run_and_wait(calls, deadline)
+
+    def _warm_buffer(self, buffer: torch.Tensor) -> None:
+        """What registered memory needs besides, for short messages and for long ones."""
+        address = buffer.data_ptr()
+        counts = (min(count, buffer.numel() // 4) for count in (1, _WARM_UP))
+        self._run_and_wait(
+            [(_ALL_REDUCE, address, address, [count]) for count in counts], time.monotonic() + self.timeout
+        )
+
+    def _run_and_wait(self, calls: Sequence[tuple[int, int, int, list[int]]], deadline: float) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        left = max(deadline - time.monotonic(), 1.0)
+        for operation, source, target, counts in calls:
             handle = self._native.run(operation, source, target, counts, _FLOAT32, 0, 0, stream, False, left)
         poll(lambda: self._native.done(handle), self._peers, deadline, self.name)
 
@@ -357,6 +387,35 @@ class NCCLCommunicator(Communicator):
         except CommError as error:
             self._native.abort(str(error))  # the ranks no longer agree on what comes next
             raise
+
+    # Registered memory -----------------------------------------------------------------------------------------------
+
+    def get_buffer(self, shape: Sequence[int], dtype: torch.dtype, use: str = "input") -> torch.Tensor | None:
+        """Memory that NCCL reads and writes in place, for the operand of ``all_reduce(x, out=x)``.
+
+        There is one such buffer, and every call returns its beginning: it is yours until the next call, which gives it
+        to somebody else. Work on one stream is enough to keep owners apart.
+
+        Args:
+            shape, dtype: the same on all ranks for the operand of one collective.
+            use: "input"; for "output" there is none, results replace operands.
+        Returns:
+            An uninitialised tensor, or None without ``registered_buffers``, or if it would not fit.
+        """
+        return self._buffers.view(shape, dtype, use)
+
+    def register(self, tensor: torch.Tensor) -> None:
+        """See ``nccl_buffers.Buffers.register``."""
+        self._buffers.register(tensor, self.timeout)
+
+    def deregister(self, tensor: torch.Tensor) -> None:
+        """See ``nccl_buffers.Buffers.deregister``."""
+        self._buffers.deregister(tensor, self.timeout)
+
+    def describe(self) -> list[str]:
+        """Lines for ``explain``: the budget of SMs, and what became of registered memory."""
+        budget = "as many SMs as NCCL likes" if self.max_ctas is None else f"at most {self.max_ctas} SMs (max_ctas)"
+        return [f"nccl: a collective takes {budget}", f"nccl: registered buffer: {self._buffers.state}"]
 
     # Streams and graphs ----------------------------------------------------------------------------------------------
 

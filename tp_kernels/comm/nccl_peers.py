@@ -61,6 +61,19 @@ class Peers:
         rendezvous.exchange(self._store, self._rank, self._world_size, payload, timeout, group=self._group, what=what)
         return self.reported(what)
 
+    def share(self, what: str, facts: Mapping[str, Any], timeout: float) -> list[dict[str, Any]]:
+        """Every rank tells something and gets what all of them told, in rank order.
+
+        Args:
+            what: not used before in this group.
+        Raises:
+            CommTimeoutError: names the ranks that did not come.
+        """
+        mine = dict(facts)
+        return rendezvous.exchange(
+            self._store, self._rank, self._world_size, mine, timeout, group=self._group, what=what
+        )
+
     def reported(self, what: str) -> tuple[int, str, bool] | None:
         """What ``agree`` would return by what the other ranks have told so far."""
         for rank in range(self._world_size):

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from tp_kernels.comm import rendezvous
 from tp_kernels.comm.communicator import DEFAULT_TIMEOUT, LocalCommunicator, check_timeout
 from tp_kernels.comm.errors import CommTimeoutError
+from tp_kernels.comm.nccl_connect import check_options
 from tp_kernels.comm.policy import BACKENDS, RankFacts, choose
 from tp_kernels.comm.tp_group import TPGroup, create_group, next_generation
 from tp_kernels.one_gpu import local_device
@@ -57,6 +58,7 @@ class ProcessGroupManager:
         strict: bool,
         device: torch.device,
         numerics: str | None = None,
+        nccl_options: dict[str, Any] | None = None,
     ):
         self.rank, self.world_size = rank, world_size
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -66,6 +68,7 @@ class ProcessGroupManager:
         self.tp_size, self.dp_size = tp_size, world_size // tp_size
         self.tp_group: TPGroup = None  # set by initialize, before anyone sees the manager
         self._backend, self._timeout, self._strict, self._numerics = backend, timeout, strict, numerics
+        self._nccl_options = nccl_options or {}
         self._dp_group: TPGroup | None = None
         self._dp_process_group: Any = None
         self._mesh: Any = None
@@ -88,6 +91,8 @@ class ProcessGroupManager:
         strict: bool = False,
         device: str | torch.device | None = None,
         numerics: str | None = None,
+        max_ctas: int | None = None,
+        registered_buffers: bool = False,
     ) -> ProcessGroupManager:
         """Set up this process's groups; every rank calls it with the same arguments, ``rank`` apart.
 
@@ -108,6 +113,11 @@ class ProcessGroupManager:
             numerics: "ordered" takes only paths whose floating-point sums have the same bits on all ranks and for all
                 message sizes; "any" also those that are faster and do not promise it; None is "ordered" where peer
                 memory is available, else NCCL's own order. CPU groups are always ordered.
+            max_ctas: most SMs that a collective of NCCL's takes from the GPU, 1 to 64: fewer leave more to what runs
+                beside it (``overlap="chunked"``). None is NCCL's choice. Other transports ignore it, and NCCL does if
+                NCCL_MAX_CTAS is set, which is warned of.
+            registered_buffers: give NCCL memory that it reads and writes in place (see comm/nccl_buffers.py); where
+                that fails, ``explain`` says so.
         Raises:
             ValueError: for arguments that do not fit or differ between ranks. CommTimeoutError: names the ranks that
                 did not come. RuntimeError: already initialised.
@@ -118,6 +128,7 @@ class ProcessGroupManager:
         device = _check_device(device)
         if numerics not in (None, "ordered", "any"):
             raise ValueError(f"numerics must be None, 'ordered' or 'any', got {numerics!r}")
+        nccl_options = check_options(max_ctas, registered_buffers)
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         check_timeout(timeout)
@@ -125,7 +136,7 @@ class ProcessGroupManager:
         tp_size = world_size if tp_size is None else tp_size
         if not isinstance(tp_size, int) or tp_size < 1 or world_size % tp_size:
             raise ValueError(f"tp_size must divide the world size {world_size}, got {tp_size!r}")
-        manager = cls(rank, world_size, tp_size, backend, timeout, strict, device, numerics)
+        manager = cls(rank, world_size, tp_size, backend, timeout, strict, device, numerics, nccl_options)
         try:
             manager._connect(init_method)
         except BaseException:
@@ -223,13 +234,13 @@ class ProcessGroupManager:
             self._store = dist.PrefixStore(f"tp_kernels/world/{generation}", _default_store())
         else:
             self._store, url = rendezvous.open_store(init_method, self.rank, self.world_size, self._timeout)
-        mine = {"tp_size": self.tp_size, "world_size": self.world_size}
+        mine = {"tp_size": self.tp_size, "world_size": self.world_size, **self._nccl_options}
         everyone = self._exchange("initialize", mine, deadline)
         if url is not None:
             rendezvous.confirm(url)
         if any(theirs != mine for theirs in everyone):
             listing = ", ".join(f"rank {r}: {facts}" for r, facts in enumerate(everyone))
-            raise ValueError(f"all ranks must initialise with the same sizes, got {listing}")
+            raise ValueError(f"all ranks must initialise with the same sizes and options, got {listing}")
         if not reused:
             self._initialise_torch()
         first = self.rank - self.rank % self.tp_size
@@ -308,6 +319,7 @@ class ProcessGroupManager:
             strict=self._strict,
             device=self.device,
             numerics=self._numerics,
+            nccl_options=self._nccl_options,
         )
         self._groups.append(group)
         return group
@@ -327,7 +339,8 @@ def resolve_group(group: Any = None) -> TPGroup:
         group: None (the default TP group, or a group of one when nothing was initialised), a ``TPGroup``, a
             ``ProcessGroupManager``, a torch ``ProcessGroup``, or a torch ``DeviceMesh`` that is one-dimensional or has
             a dimension named "tp". For a torch group a communicator is made on first use, by all its ranks together,
-            and kept until the group is destroyed.
+            and kept until the group is destroyed; for the device of the default manager if there is one, else for CUDA
+            (the current device) if that is the mesh's, else for the CPU.
     Raises:
         ValueError: for anything else.
     """
@@ -342,7 +355,7 @@ def resolve_group(group: Any = None) -> TPGroup:
         if isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER:
             return _group_of_user(group)
         if type(group).__name__ == "DeviceMesh" and hasattr(group, "mesh_dim_names"):
-            return _group_of_user(_process_group_of_mesh(group))
+            return _group_of_user(_process_group_of_mesh(group), group.device_type)
     raise ValueError(
         "group must be None, a TPGroup, a ProcessGroupManager, a torch ProcessGroup, or a DeviceMesh that is "
         f"one-dimensional or has a dimension 'tp'; got {type(group).__name__}"
@@ -358,7 +371,7 @@ def _process_group_of_mesh(mesh: Any) -> Any:
     raise ValueError(f"group: a DeviceMesh with {mesh.ndim} dimensions needs one named 'tp', got {names}")
 
 
-def _group_of_user(process_group: Any) -> TPGroup:
+def _group_of_user(process_group: Any, device_type: str = "cpu") -> TPGroup:
     _forget_groups_of_users()
     if _default_manager is not None:
         for group in _default_manager._groups:
@@ -372,6 +385,10 @@ def _group_of_user(process_group: Any) -> TPGroup:
     ranks = dist.get_process_group_ranks(process_group)
     name = process_group.group_desc or process_group.group_name
     manager = _default_manager
+    if manager is not None:
+        device = manager.device
+    else:
+        device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     group = create_group(
         ranks,
         dist.get_rank(),
@@ -381,8 +398,9 @@ def _group_of_user(process_group: Any) -> TPGroup:
         backend=manager._backend if manager else "auto",
         timeout=manager._timeout if manager else DEFAULT_TIMEOUT,
         strict=manager._strict if manager else False,
-        device=manager.device if manager else torch.device("cpu"),
+        device=device,
         numerics=manager._numerics if manager else None,
+        nccl_options=manager._nccl_options if manager else None,
     )
     _groups_of_users[id(process_group)] = group
     _ensure_exit_hook()

@@ -23,7 +23,7 @@ import torch
 from tp_kernels._native import DTYPE_CODES
 from tp_kernels.comm import paths
 from tp_kernels.comm.communicator import Communicator, Handle, Numerics
-from tp_kernels.comm.paths import LAMPORT, MULTIMEM, MULTIMEM_ONE_SHOT, ONE_SHOT, SYMM, TWO_SHOT, PathTable
+from tp_kernels.comm.paths import LAMPORT, MULTIMEM, MULTIMEM_ONE_SHOT, ONE_SHOT, SYMM, TRITON, TWO_SHOT, PathTable
 from tp_kernels.comm.policy import BackendUnavailableError
 from tp_kernels.comm.symmetric_sizes import LAMPORT_BYTES, MAX_LAMPORT_ROW_PACKS, PACK_BYTES, row_packs
 
@@ -33,7 +33,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HOST_DTYPES = frozenset(getattr(torch, name) for name in DTYPE_CODES)
 _TORCH_DTYPES = _HOST_DTYPES | {torch.int8, torch.uint8, torch.int16}
 _NCCL_DTYPES = _HOST_DTYPES | {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
-_KERNELS = (ONE_SHOT, TWO_SHOT, LAMPORT)
+_KERNELS = (ONE_SHOT, TWO_SHOT, LAMPORT, TRITON)
 _MULTICAST = (MULTIMEM, MULTIMEM_ONE_SHOT)
 
 
@@ -42,7 +42,8 @@ def paths_of(members: Mapping[str, Communicator]) -> list[str]:
     found: list[str] = []
     for name, member in members.items():
         if name == "symm":
-            found += [*_KERNELS, SYMM, *(_MULTICAST if member.has_multicast else ())]
+            kernels = (f"symm:{algorithm}" for algorithm in member.algorithms)
+            found += [*kernels, SYMM, *(_MULTICAST if member.has_multicast else ())]
         else:
             found.append(name)
     return found
@@ -68,7 +69,7 @@ class _Call:
             return self.operation
         kind = f" ({self.reduce_op})" if self.operation in ("all_reduce", "reduce_scatter") else ""
         size = paths.describe_bytes(self.nbytes)
-        return f"{self.operation}{kind} of {size} {str(self.dtype).removeprefix('torch.')} on {self.device_type}"
+        return f"{self.operation}{kind} of {size} {_name_of(self.dtype)} on {self.device_type}"
 
 
 class RoutedCommunicator(Communicator):
@@ -85,6 +86,7 @@ class RoutedCommunicator(Communicator):
     Attributes:
         counters: path -> calls, as made by the host.
         fused_norm: offers ``all_reduce_add_rms_norm``.
+        max_ctas: NCCL's budget of SMs, on a group whose sums it overlaps; else None.
     """
 
     def __init__(
@@ -114,6 +116,8 @@ class RoutedCommunicator(Communicator):
         self.numerics = _combined(carriers or [first], several=numerics == "any" and len(carriers) > 1)
         # With numerics="any" a part of a message may take another path than the whole, so its bits might change.
         self.overlap_modes = () if numerics == "any" or not carriers else carriers[0].overlap_modes
+        # What overlap was measured with.
+        self.max_ctas = getattr(carriers[0], "max_ctas", None) if self.overlap_modes else None
 
     # Collectives -----------------------------------------------------------------------------------------------------
 
@@ -180,9 +184,9 @@ class RoutedCommunicator(Communicator):
     # What peer memory offers besides ---------------------------------------------------------------------------------
 
     def get_buffer(self, shape: Sequence[int], dtype: torch.dtype, use: str = "input") -> torch.Tensor | None:
-        """As ``SymmetricMemoryCommunicator.get_buffer``; None on a group without peer memory."""
-        symm = self._members.get("symm")
-        return None if symm is None else symm.get_buffer(shape, dtype, use)
+        """As ``SymmetricMemoryCommunicator.get_buffer``, else as ``NCCLCommunicator.get_buffer``, else None."""
+        owner = self._members.get("symm") or self._members.get("nccl")
+        return None if owner is None else owner.get_buffer(shape, dtype, use)
 
     def fuses_norm(self, width: int, dtype: torch.dtype) -> bool:
         """Whether ``all_reduce_add_rms_norm`` takes rows of ``width`` elements of ``dtype``."""
@@ -292,7 +296,14 @@ class RoutedCommunicator(Communicator):
         problems = {path: self._problem(path, call) for path in self._paths}
         able = [path for path, problem in problems.items() if problem is None]
         path = paths.route(
-            call.operation, call.nbytes, self.world_size, self.numerics_class, able, self.table, exact=call.exact
+            call.operation,
+            call.nbytes,
+            self.world_size,
+            self.numerics_class,
+            able,
+            self.table,
+            exact=call.exact,
+            **({} if call.dtype is None else {"dtype": _name_of(call.dtype)}),
         )
         if path is None and self.numerics_class == "nccl" and "gloo" in able:
             path = "gloo"  # which promises more than NCCL does
@@ -363,6 +374,11 @@ class RoutedCommunicator(Communicator):
             chosen = paths.ranges(operation, allowed, self.table)
             lines.append(f"{operation}: {_spell(chosen)}")
             taken = {path for _, path in chosen}
+            for dtype in paths.MEASURED_DTYPES:
+                other = paths.ranges(operation, allowed, self.table, dtype)
+                if other != chosen:
+                    lines.append(f"  {dtype}: {_spell(other)}")
+                    taken |= {path for _, path in other}
             for path in able:
                 if path not in allowed:
                     lines.append(f"  never {path}: {self._out_of_class(path)}")
@@ -370,6 +386,8 @@ class RoutedCommunicator(Communicator):
                     lines.append(f"  never {path}: not the fastest at any size, by the table")
         if "symm" in self._members and MULTIMEM not in self._paths:
             lines.append("symm:multimem: not there (these GPUs have no multicast, or not on all ranks)")
+        nccl = getattr(self._members.get("nccl"), "describe", None)
+        lines += [] if nccl is None else nccl()
         lines += [f"fell back: {why}" for why in self._fallbacks.values()]
         ran = ", ".join(f"{path} {count}" for path, count in sorted(self.counters.items()))
         lines.append(f"calls so far (a captured call counts once): {ran or 'none'}")
@@ -382,6 +400,10 @@ class RoutedCommunicator(Communicator):
 
 # A path of the same transport takes the call: nothing to report.
 _OTHER_WAY = "taken by another way of the same transport"
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _member_of(path: str) -> str:

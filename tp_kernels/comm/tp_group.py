@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,7 @@ def create_group(
     strict: bool,
     device: torch.device,
     numerics: str | None = None,
+    nccl_options: Mapping[str, Any] | None = None,
 ) -> TPGroup:
     """Choose transports together with the other ranks and build the group on them. A collective of ``ranks``."""
     rank = ranks.index(world_rank)
@@ -129,7 +130,7 @@ def create_group(
         if device.type == "cuda":
             from tp_kernels.comm.gpu_group import create_gpu_communicator, makers_of
 
-            makers = makers_of(rank, len(ranks), name, store, process_group, device, timeout)
+            makers = makers_of(rank, len(ranks), name, store, process_group, device, timeout, nccl_options)
             communicator, choice = create_gpu_communicator(facts, rank, name, store, makers, timeout)
         else:
             communicator, choice = _create_communicator(
