@@ -148,13 +148,16 @@ def outcome_lines(folder: Path) -> list[str]:
         same = [
             peer
             for peer in rows
-            if peer["ours"] == "0" and peer["ms"] and all(peer[key] == row[key] for key in _SAME_CASE)
+            if peer["ours"] == "0" and peer["ms"] and peer["verdict"] != "wrong"
+            if all(peer[key] == row[key] for key in _SAME_CASE)
         ]
         best = min(same, key=lambda peer: float(peer["ms"]), default=None)
-        beside = f"{best['contender']} {float(best['ms']):.2f} ms" if best else f"{row['over_off']}x off"
+        off = f"{row['over_off']}x of that without communication" if row["over_off"] else ""
+        weights = "" if row["quantize"] == "none" else f", {row['dtype']} weights"
+        beside = f"{best['contender']} {float(best['ms']):.2f} ms{weights}" if best else off
         found = f"{float(row['ms']):.2f} ms" if row["ms"] else row["verdict"]
         roof = f"{row['percent_of_roof']}%" if row["percent_of_roof"] else ""
-        verdict = "" if row["verdict"] in ("ok", "") or not row["ms"] else f" ({row['verdict']})"
+        verdict = " (wrong)" if row["verdict"] == "wrong" else ""
         cells = (f"{case}, {of}, {row['contender']}", f"{found}{verdict}", roof, beside, row["goal"], row["met"])
         lines.append(f"| {' | '.join(cells)} |")
     if not lines:
@@ -170,7 +173,7 @@ def outcome_lines(folder: Path) -> list[str]:
     ]
 
 
-_SAME_CASE = ("what", "model", "tp", "shard", "batch", "tokens", "context")
+_SAME_CASE = ("what", "model", "tp", "shard", "dtype", "layers", "batch", "tokens", "context")
 
 
 def filled(document: Path, blocks: list[str]) -> str:

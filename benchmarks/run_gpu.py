@@ -78,7 +78,7 @@ GROUPS: dict[str, Group] = {
 # Of no use to a model's forward pass: tuned right before they are measured.
 _TUNED_LATE = ("memory", "swiglu-backward")
 
-# Processes that share a file's tests, where compiling its kernels takes more than about two minutes of one core.
+# Processes that share a file's tests, where compiling its kernels may take more than its part has on one core.
 SHARDS = {
     "test_gluon_attention": 4,
     "test_gluon_backward": 4,
@@ -91,6 +91,8 @@ SHARDS = {
     "test_decode_attention": 2,
     "test_norm": 2,
     "test_norm_linear": 2,
+    "test_engine_gpu": 4,
+    "test_hf_gpu": 4,
 }
 
 
@@ -107,10 +109,12 @@ class Part:
 def parts(out: Path) -> dict[str, Part]:
     """All parts, in the order in which they are worth running."""
     python, cores = sys.executable, os.cpu_count() or 1
-    # A kernel that hangs holds the main thread in the driver, where only another thread can end the process.
-    deadline = ["-o", "timeout=150", "-o", "timeout_method=thread"]
     plain_pytest = [python, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-    pytest = [*plain_pytest, *deadline]
+    # A kernel that hangs holds the main thread in the driver, where only another thread can end the process; sooner for
+    # the engine's tests, whose part would else be over before it is known which one hangs.
+    pytest, engine_pytest = (
+        [*plain_pytest, "-o", f"timeout={seconds}", "-o", "timeout_method=thread"] for seconds in (150, 90)
+    )
     # Tests bring their own tables; compilers in processes of their own would only compete for cores.
     testing = {"TP_KERNELS_TUNING_DIR": str(out / "no_tuning"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     kernels = sorted((path for path in (ROOT / "tests/kernels").glob("test_*.py")), key=_most_shards_first)
@@ -126,20 +130,8 @@ def parts(out: Path) -> dict[str, Part]:
         "build": _one("build", [python, "-m", "pip", "install", "-q", *_BUILD_OPTIONS, "-e", str(ROOT)], 3.0),
         "doctor": _one("doctor", [python, "-m", "tp_kernels", "doctor"], 1.0),
         # A process a file and more: an illegal access spoils the CUDA context, and must not take other kernels' tests.
-        "tests": Part(
-            {
-                f"tests-{path.stem.removeprefix('test_')}-{i}": [*pytest, "--shard", f"{i}/{n}", _relative(path)]
-                for path in files
-                for n in (SHARDS.get(path.stem, 1),)
-                for i in range(n)
-            },
-            5.5,
-            min(16, cores),
-            testing,
-        ),
-        "engine": Part(
-            {f"engine-{_name(path)}": [*pytest, _relative(path)] for path in _engine_tests()}, 1.5, 4, testing
-        ),
+        "tests": Part(_sharded("tests", files, pytest), 5.5, min(16, cores), testing),
+        "engine": Part(_sharded("engine", _engine_tests(), engine_pytest), 2.0, min(16, cores), testing),
     }
     for name in (name for name in GROUPS if name not in _TUNED_LATE):
         found[f"tune-{name}"] = _tuning(name)
@@ -220,7 +212,9 @@ def _chosen(group: Group) -> list[str]:
 _MODELS = {
     "bench-model": (3.25, "model", ["--quantize", "none", "int8"]),
     "bench-model-shard4": (1.5, "model_shard4", ["--shard", "4", "--batch", "1", "16"]),
-    "bench-model-tp4": (2.5, "model_tp4", ["--tp", "4", "--batch", "1", "16"]),
+    # Without NCCL, which goes over sockets here: that says nothing, and a prefill has 65 sums of 32 MiB, where one of
+    # 16 MiB took 9.9 ms.
+    "bench-model-tp4": (2.5, "model_tp4", ["--tp", "4", "--batch", "1", "16", "--no-nccl"]),
 }
 
 
@@ -240,8 +234,14 @@ def _engine_tests() -> list[Path]:
     return [path for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern))]
 
 
-def _name(path: Path) -> str:
-    return path.stem.removeprefix("test_")
+def _sharded(part: str, files: list[Path], pytest: list[str]) -> dict[str, list[str]]:
+    """The commands of a part that runs tests, as many a file as ``SHARDS`` says."""
+    return {
+        f"{part}-{path.stem.removeprefix('test_')}-{i}": [*pytest, "--shard", f"{i}/{n}", _relative(path)]
+        for path in files
+        for n in (SHARDS.get(path.stem, 1),)
+        for i in range(n)
+    }
 
 
 _BUILD_OPTIONS = ["--no-deps", "--no-build-isolation"]

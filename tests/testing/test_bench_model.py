@@ -18,7 +18,7 @@ from tp_kernels.testing.bench import Timing
 from tp_kernels.testing.gpu_timer import Roofs
 from tp_kernels.testing.model_bench import budget
 from tp_kernels.testing.model_bench.check import Verdict, judge
-from tp_kernels.testing.model_bench.contender import PlainContender
+from tp_kernels.testing.model_bench.contender import PlainContender, Turn
 from tp_kernels.testing.model_bench.profile import Span, profile_rows, summed_up
 from tp_kernels.testing.model_bench.report import Case, Entry, case_lines, rows_of
 from tp_kernels.testing.op_bench.shapes import ARCHITECTURES, MODELS
@@ -28,6 +28,15 @@ pytest.importorskip("transformers")
 TINY = bench_model.Options(
     model="tiny", prompt=(9,), context=(7,), batch=(2,), steps=2, rounds=1, device="cpu", dtype="float32"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More only wait for each other with tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def models_of(family):
@@ -148,7 +157,7 @@ def test_collectives_that_do_nothing_keep_their_shapes():
 
     group, x = switched_off(1, 3), torch.arange(6.0).view(2, 3)
     assert (group.rank, group.world_size, group.backend) == (1, 3, "off")
-    assert torch.equal(group.all_reduce(x), x) and group.all_reduce(x, out=x) is x
+    assert group.all_reduce(x) is x and group.all_reduce(x, out=x) is x
     assert torch.equal(group.all_gather(x), x.repeat(3, 1))
     ragged = group.all_gather(x, dim=1, sizes=[1, 3, 2])
     assert torch.equal(ragged[:, 1:4], x) and not ragged[:, [0, 4, 5]].any()
@@ -171,8 +180,7 @@ def test_budgets_of_llama3_8b():
 
     model = ParallelCausalLM(config_of("llama3-8b", 1), device="meta", dtype=torch.bfloat16)
     embed = torch.empty(5, 4)
-    assert budget.weight_bytes([embed, torch.ones(3)], embed, batch=2) == 12 + 2 * 16
-    assert budget.weight_bytes([embed, torch.ones(3)], embed, batch=2, tied=True) == 12 + 80
+    assert budget.weight_bytes([embed, torch.ones(3), embed], embed, tokens=2) == 12 + 2 * 16
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     total = 2 * (32 * layer + model.lm_head.weight.numel() + 4096)
     assert total == pytest.approx(15.01e9, rel=1e-3)  # measured-h100.md counts the same
@@ -184,7 +192,8 @@ def test_budgets_of_llama3_8b():
 
 
 def goal(gpu="NVIDIA H100 80GB HBM3", model="llama3-8b", what="decode", **changes):
-    options = dict(tp=1, shard=1, quantize="none", dtype="bfloat16", layers=32, batch=1, tokens=1, context=1024)
+    options = dict(tp=1, shard=1, ranks_per_gpu=changes.get("tp", 1), quantize="none", dtype="bfloat16", layers=32)
+    options |= dict(batch=1, tokens=1, context=1024)
     return budget.goal_of(gpu, model, what, **{**options, **changes})
 
 
@@ -192,6 +201,7 @@ def test_goals():
     assert goal().limit == 5.3 and goal(shard=4).limit == 1.6 and goal(quantize="int8").limit == 3.4
     assert goal(tp=4).measure == "over_off" and goal(what="prefill", tokens=4096, context=0).limit == 96.0
     others = [goal(gpu="NVIDIA A100"), goal(batch=16), goal(layers=8), goal(context=8192), goal(dtype="float16")]
+    others += [goal(gpu="NVIDIA H100 PCIe"), goal(context=1), goal(tp=4, ranks_per_gpu=1)]
     others += [goal(what="prefill", tokens=512), goal(tp=2), goal(quantize="fp8"), goal(model="qwen3-8b")]
     assert others == [None] * len(others)
     assert {g.model for g in budget.GOALS} <= set(ARCHITECTURES)
@@ -207,14 +217,16 @@ def test_rows_compare_with_the_roof_the_best_peer_and_the_goal():
         "tp_kernels": Entry(True, bytes=15 * 10**9, timing=timing(5.2), verdict=Verdict(0.1, 0.2), goal=goal()),
         "tp_kernels int8": Entry(True, "int8", failure="OutOfMemoryError: no"),
         "torch graph": Entry(False, bytes=15 * 10**9, timing=timing(7.8), verdict=Verdict(0.3, 0.2)),
-        "torch eager": Entry(False, bytes=15 * 10**9, timing=timing(26)),
+        "torch eager": Entry(False, bytes=15 * 10**9, timing=timing(26), verdict=Verdict(0.0, 0.2)),
     }
     ours, failed, graph, eager = rows_of({"tp": 1}, case, entries, roofs)
     assert ours["ms"] == 5.2 and ours["q20_ms"] == 4.68 and ours["tokens_s"] == pytest.approx(192.3)
-    assert ours["percent_of_roof"] == pytest.approx(96.2) and ours["times_best_peer"] == 1.5
+    assert ours["percent_of_roof"] == pytest.approx(96.2) and ours["times_best_peer"] == 5.0, "a wrong peer is none"
     assert (ours["goal"], ours["met"], ours["verdict"], ours["over_off"]) == ("<= 5.3 ms", "yes", "ok", "")
     assert failed["ms"] == "" and failed["verdict"] == "OutOfMemoryError: no" and failed["times_best_peer"] == ""
-    assert graph["verdict"] == "wrong" and graph["times_best_peer"] == 1.0 and eager["times_best_peer"] == 0.3
+    assert graph["verdict"] == "wrong" and eager["times_best_peer"] == 1.0
+    wrong = replace(entries["tp_kernels"], verdict=Verdict(0.3, 0.2))
+    assert rows_of({}, case, {"tp_kernels": wrong}, roofs)[0]["met"] == "no"
     lines = case_lines(case, [ours, failed, graph, eager])
     assert lines[0] == "decode, batch 1 after 1024 tokens" and lines[1].split()[0] == "tp_kernels"
     assert "goal <= 5.3 ms: yes" in lines[1] and "WRONG by 3.00e-01" in lines[2] and "OutOfMemory" in lines[4]
@@ -275,6 +287,34 @@ def test_one_shard_without_communication_has_nothing_to_judge(capsys):
     assert "one shard of 4 without communication" in capsys.readouterr().out
 
 
+def test_a_shard_is_given_words_of_its_own():
+    """Of others it would have zeros, which a GPU multiplies faster."""
+    from tp_kernels.commands.bench_model_run import Run
+    from tp_kernels.testing.switched_off import switched_off
+
+    run = Run(replace(TINY, shard=2), {"tp_kernels": switched_off(1, 2)}, None, None, torch.device("cpu"))
+    seen = []
+    run._contenders["tp_kernels"].prefill = lambda ids: seen.append(ids) or Turn(lambda: None)
+    run._turn("tp_kernels", Case("prefill", 1, 50, 0))
+    assert 49 <= int(seen[0].min()) < int(seen[0].max()) < 97
+
+
+def test_contenders_that_fail_have_rows_that_say_why(monkeypatch, capsys):
+    from tp_kernels.commands import bench_model_run
+
+    def fail(*_):
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(bench_model_run.EngineContender, "generate", fail)
+    monkeypatch.setattr(bench_model_run, "hf_model", fail)
+    monkeypatch.setattr(PlainContender, "prefill", fail)
+    rows = bench_model.measure(None, replace(TINY, batch=(1, 2)))
+    found = [(row["contender"], row["verdict"], row["ms"] != "") for row in rows]
+    ours, rival = ((name, "RuntimeError: out of something", False) for name in ("tp_kernels", "transformers"))
+    decode = [ours, *((f"torch {how}", "ok", True) for how in PlainContender.WAYS), rival]
+    assert found == [ours, ("torch eager", ours[1], False), rival, *decode, *decode], "never timed unchecked"
+
+
 def measured(group, switch_off=False):
     """Rows, and what was printed."""
     from tp_kernels.commands.bench_model_run import Run
@@ -317,6 +357,7 @@ def test_no_case_is_begun_when_the_time_is_over(capsys):
     "words, message",
     [
         ("--batch 0", "--batch must be at least 1, got 0"),
+        ("--batch 1 300", "--batch must be at most 256, got 300"),
         ("--layers 0", "--layers must be at least 1, got 0"),
         ("--tp 2 --shard 2", "expected --tp 1, got --tp 2"),
         ("--tp 2 --profile x.csv", "--profile looks at one process"),
@@ -347,7 +388,7 @@ def test_outcomes_are_written_from_the_files(tmp_path):
         "tp_kernels": Entry(True, bytes=15 * 10**9, timing=timing(5.5), verdict=Verdict(0.1, 0.2), goal=goal()),
         "torch graph": Entry(False, bytes=15 * 10**9, timing=timing(7.7)),
     }
-    common = {"model": "llama3-8b", "tp": 1, "shard": 1, "dtype": "bfloat16"}
+    common = {"model": "llama3-8b", "tp": 1, "shard": 1, "dtype": "bfloat16", "layers": 32}
     machine = {"gpu": "GPU", "cpu": "", "torch": "2.11", "date": "2026-01-01"}
     rows = [{**row, **machine} for row in rows_of(common, case, entries, roofs)]
     with open(tmp_path / "model.csv", "w", newline="") as file:

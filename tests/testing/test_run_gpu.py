@@ -114,10 +114,12 @@ def test_every_file_of_tests_is_run_once_and_whole(parts):
     found = [c[-1] for c in commands(parts, "sanitizer") if "memcheck" in c]
     assert sorted(found) == sorted(kernels - {"tests/kernels/test_aot.py"})
     shards = {}
-    for command in commands(parts, "tests"):
+    for command in commands(parts, "tests") + commands(parts, "engine"):
         index, count = command[command.index("--shard") + 1].split("/")
         shards.setdefault((command[-1], int(count)), []).append(int(index))
-    assert {file for file, _ in shards} == {*found, "tests/testing/test_op_bench.py"} and len(shards) == len(found) + 1
+    engine = {command[-1] for command in commands(parts, "engine")}
+    assert len(engine) > 2 and len(shards) == len(found) + 1 + len(engine)
+    assert {file for file, _ in shards} == {*found, "tests/testing/test_op_bench.py", *engine}
     for (_, count), indices in shards.items():
         assert sorted(indices) == list(range(count))
     ranks = [command[-1] for command in parts["gpu-ranks"].commands.values()]

@@ -13,7 +13,8 @@ them (sharing one GPU if there are not enough), or runs as the ranks of
   (peer memory) and ``nccl``; ``shm`` in their place on CPU ranks.
 
 First every contender continues short prompts with the calls that are timed, through all layers, and an fp32 reference
-judges the tokens (``testing/model_bench/check.py``). Where communication is switched off there is nothing to judge.
+judges the tokens (``testing/model_bench/check.py``); kernels of other sizes than these are the tests' business. Where
+communication is switched off there is nothing to judge.
 
 Every contender chooses the most likely token on the device and feeds it back. Times are medians over the rounds of
 turns of ``--steps`` decode steps, or of one prefill, between events: gaps in which the GPU waits for the host count,
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tp_kernels import one_gpu
+from tp_kernels.commands.generation import under_torchrun
 
 __all__ = ["Options", "add_arguments", "main", "measure", "run"]
 
@@ -125,6 +127,13 @@ def _options(args: argparse.Namespace) -> Options:
         raise ValueError(f"--shard measures a shard of several without them: expected --tp 1, got --tp {args.tp}")
     if args.tp > 1 and args.profile:
         raise ValueError(f"--profile looks at one process: expected --tp 1, got --tp {args.tp}")
+    from tp_kernels.inference.engine import MAX_BATCH
+
+    if max(args.batch) > MAX_BATCH:
+        raise ValueError(f"--batch must be at most {MAX_BATCH}, got {max(args.batch)}")
+    started = under_torchrun()
+    if started not in (None, args.tp):
+        raise ValueError(f"--tp {args.tp} does not match the {started} ranks that were started")
     heads = MODELS[args.model].heads
     if max(args.tp, args.shard) > heads:
         raise ValueError(f"{max(args.tp, args.shard)} ranks cannot share the {heads} query heads of {args.model}")

@@ -34,7 +34,11 @@ def _full(name: str, shape: Sequence[int], device: Any) -> Tensor:
 
 
 def make_model(config: ModelConfig, group: Any, device: Any, dtype: torch.dtype) -> ParallelCausalLM:
-    """This rank's part of the model with random weights; exact in ``dtype``, the same model on any number of ranks."""
+    """This rank's part of the model with random weights, exact in ``dtype``.
+
+    On any number of ranks it is the same model, if their GPUs show them equally many SMs: torch's random numbers depend
+    on these.
+    """
     model = ParallelCausalLM(config, group=group, device="meta", dtype=dtype).to_empty(device=device)
     for shard in iter_tensor_shards(model):
         shard.copy_from_full(_full(shard.name, shard.full_shape, device))
@@ -204,6 +208,8 @@ class EngineContender:
 
         def reset() -> None:
             engine.pretend_cached(batch, context)
+            engine.cache.reserve([context + steps] * batch)  # as ``generate`` does: no step has to take a page
+            engine.cache.sync()
 
         reset()
         engine.step()  # records the graph, or finds out that there cannot be one

@@ -21,6 +21,7 @@ from tp_kernels.commands.bench_model_ours import (
 )
 from tp_kernels.commands.named_models import config_of
 from tp_kernels.models import ModelConfig
+from tp_kernels.ops.kernels import counters
 from tp_kernels.testing.bench import Timing, interleaved, write_csv
 from tp_kernels.testing.gpu_timer import measure_roofs, raise_if_lost
 from tp_kernels.testing.model_bench.budget import goal_of, kv_bytes, prefill_flops, weight_bytes
@@ -57,9 +58,9 @@ class Run:
         self._dtype = getattr(torch, options.dtype)
         self._config = config_of(options.model, options.layers)
         self._shapes = MODELS[options.model].shard(options.tp * options.shard)
-        # Ranks that share a GPU share its rates: only ratios say something there.
         self._verdicts: dict[str, Verdict] = {}
-        self._failures: dict[str, str] = {}
+        self._unchecked: dict[str, str] = {}  # contenders that could not be checked, and why: they are not timed
+        # Ranks that share a GPU share its rates: only ratios say something there.
         self._roofs = measure_roofs() if group is None and device.type == "cuda" else None
         first, *others = groups
         self._aimed = next(iter(others), first)  # what users get by default, and goals are for
@@ -89,7 +90,7 @@ class Run:
                 model = hf_model(self._config.model_type, _hf_sizes(self._config), plain)
                 found["transformers"] = HFContender(model)
             except Exception as error:  # not installed, or of a version that wants to be called otherwise
-                print(f"# transformers is left out: {type(error).__name__}: {error}", flush=True)
+                found["transformers"] = _NotMade(error)
         return found
 
     def measure(self) -> list[dict[str, Any]]:
@@ -119,9 +120,12 @@ class Run:
             for name in self._ours:
                 if self._time_is_over():
                     return
-                found = self._tried(name, partial(self._profile_one, name, case, calls))
+                if name in self._unchecked:
+                    continue
+                found, failure = self._tried(name, partial(self._profile_one, name, case, calls))
+                self._close_all()
                 if found is None:
-                    print(f"# {name} was not profiled: {self._failures.pop(name)}", flush=True)
+                    print(f"# {name} was not profiled: {failure}", flush=True)
                     continue
                 whole = found.busy + found.gaps
                 launches = sum(count for count, _ in found.kernels.values())
@@ -130,11 +134,9 @@ class Run:
                 write_csv(file, rows)
 
     def _profile_one(self, name: str, case: Case, calls: int) -> Profile:
-        turn = self._turn(self._contenders[name], case)
+        turn = self._turn(name, case)
         turn.reset()
-        found = profiled(turn.play, calls, self._device.type == "cuda")
-        self._contenders[name].close()
-        return found
+        return profiled(turn.play, calls, self._device.type == "cuda")
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -149,13 +151,15 @@ class Run:
                 model, its_kind, off = self._ours.get(name, (self._whole, "none", ""))
                 if its_kind != kind or name == off:
                     continue
-                tokens = self._tried(name, lambda contender=contender: contender.generate(ids, _CHECK_STEPS))
+                tokens, failure = self._tried(name, partial(contender.generate, ids, _CHECK_STEPS))
                 contender.close()
-                if tokens is not None:
+                if tokens is None:
+                    self._unchecked[name] = failure
+                else:
                     written[name], of = tokens, model
             if written:
                 self._judge(ids, written, FullWeights(of, kind, self._dtype))
-            release()
+            self._close_all()
 
     def _judge(self, ids: torch.Tensor, written: Mapping[str, torch.Tensor], weights: FullWeights) -> None:
         judged = [Verdict(0.0, 0.0)] * len(written)
@@ -172,18 +176,27 @@ class Run:
             if not verdict.good:
                 self._say(f"# WRONG: {name} is {verdict.error:.3g} below the best logit, {verdict.allowed:.3g} allowed")
 
-    def _tried(self, name: str, call: Callable[[], Any]) -> Any:
-        """What ``call`` returns; None if it failed, which is then known. With several ranks a failure is everyone's."""
+    def _tried(self, name: str, call: Callable[[], Any]) -> tuple[Any, str]:
+        """(what ``call`` returns, ""), or (None, why it failed). With several ranks a failure is everyone's."""
         try:
-            return call()
+            return call(), ""
         except Exception as error:  # out of memory for one contender must not take the others' figures
             if self._group is not None:
                 raise
             raise_if_lost(name)
-            self._failures[name] = f"{type(error).__name__}: {str(error)[:160]}"
+            failure = f"{type(error).__name__}: {str(error)[:160]}"
         self._contenders[name].close()
         release()
-        return None
+        return None, failure
+
+    def _close_all(self) -> None:
+        """Close all contenders and give back what they held."""
+        for contender in self._contenders.values():
+            contender.close()
+        release()
+        if self._device.type == "cuda":
+            # With the last graph of this process gone, or later graphs would run out of counters and zero their own.
+            counters.forget_captures()
 
     # ---- cases -----------------------------------------------------------------------------------------------------
 
@@ -191,30 +204,35 @@ class Run:
         entries = {name: self._entry(name, case) for name in self._contenders if self._takes_part(name, case)}
         turns = {}
         for name, entry in entries.items():
-            if name not in self._failures:
-                turn = self._tried(name, lambda name=name: self._turn(self._contenders[name], case))
-                if turn is not None:
-                    turns[name], entry.mode = turn, turn.mode if self._device.type == "cuda" else "host"
-            entry.failure = self._failures.pop(name, "")
+            entry.failure = self._unchecked.get(name, "")
+            if not entry.failure:
+                turns[name], entry.failure = self._tried(name, partial(self._turn, name, case))
+            if entry.failure:
+                turns.pop(name, None)
+            else:
+                entry.mode = turns[name].mode if self._device.type == "cuda" else "host"
         calls = self._options.steps if case.what == "decode" else 1
         for name, timing in self._time(turns, calls).items():
             entries[name].timing = timing
         turns.clear()
-        for contender in self._contenders.values():
-            contender.close()
-        release()
+        self._close_all()
         return entries
 
     def _takes_part(self, name: str, case: Case) -> bool:
         return case.what == "decode" or name not in _DECODE_ONLY
 
-    def _turn(self, contender: Contender, case: Case) -> Turn:
+    def _turn(self, name: str, case: Case) -> Turn:
         """The turn of a contender, after one that compiles and captures what it needs."""
+        contender = self._contenders[name]
         if self._group is not None:
             self._group.barrier()
         if case.what == "prefill":
             generator = torch.Generator().manual_seed(12)
-            ids = torch.randint(0, self._shapes.vocab, (case.batch, case.tokens), generator=generator)
+            # Of this rank's words, since without sums there are zeros for all others: a GPU multiplies these faster.
+            words = self._whole.model.embed_tokens.vocab_range
+            ids = torch.randint(words.start, words.stop, (case.batch, case.tokens), generator=generator)
+            if self._group is not None and name != self._ours[name][2]:
+                ids = self._group.broadcast(ids, 0)
             turn = contender.prefill(ids.to(self._device))
         else:
             turn = contender.decode(case.batch, case.context, self._options.steps)
@@ -248,10 +266,10 @@ class Run:
         model, kind, off = self._ours.get(name, (self._whole, "none", ""))
         ours = name in self._ours
         entry = Entry(ours, kind, verdict=self._verdicts.get(name), off=off)
+        entry.bytes = weight_bytes(_tensors(model), model.model.embed_tokens.weight, case.batch * case.tokens)
         if case.what == "prefill":
             entry.flops = prefill_flops(self._shapes, layers, case.batch, case.tokens)
         else:
-            entry.bytes = weight_bytes(_tensors(model), model.model.embed_tokens.weight, case.batch)
             entry.bytes += kv_bytes(self._shapes, layers, case.batch, case.context, self._dtype.itemsize)
         if ours and name.split()[0] == self._aimed:
             entry.goal = goal_of(
@@ -260,6 +278,7 @@ class Run:
                 case.what,
                 tp=options.tp,
                 shard=options.shard,
+                ranks_per_gpu=one_gpu.ranks_on_this_gpu(),
                 quantize=kind,
                 dtype=options.dtype,
                 layers=layers,
@@ -308,6 +327,19 @@ class Run:
             "dtype": self._options.dtype,
             "layers": self._config.num_hidden_layers,
         }
+
+
+class _NotMade:
+    """In the place of a contender that could not be made: the check fails by why, and rows say it."""
+
+    def __init__(self, error: Exception):
+        self._error = error.with_traceback(None)
+
+    def generate(self, ids: torch.Tensor, steps: int) -> torch.Tensor:
+        raise self._error
+
+    def close(self) -> None:
+        pass
 
 
 def _tensors(model: Any) -> list[torch.Tensor]:

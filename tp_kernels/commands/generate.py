@@ -36,7 +36,8 @@ examples:
   tp-kernels generate --model ./Llama-3.1-8B --device cuda --dtype bfloat16 --quantize int8 --prompt "Once upon a time"
   torchrun --nproc-per-node 2 -m tp_kernels generate --model smollm2 --prompt "Hello"
 
-With --device cuda every rank has a GPU of its own, or all share one where there are not enough.
+With --device cuda every rank has a GPU of its own, or all share one where there are not enough; the times of such a
+call include what happens once: compiling kernels, recording the CUDA graph of a step.
 --json prints one object: prompt_ids, output_ids, text, tp, device, dtype, quantize, backend, decode_path, prefill_ms,
 decode_ms_per_token, tokens_per_second, weight_bytes_per_rank. Everything else goes to stderr.
 """
@@ -213,10 +214,11 @@ def summary(result: dict[str, Any]) -> str:
     """One line of figures about a result."""
     weights = f" with {result['quantize']} weights" if result["quantize"] else ""
     path = f" (decode: {result['decode_path']})" if result["decode_path"] else ""
+    once = ", compiling and recording included" if result["device"] == "cuda" else ""
     memory = "/".join(f"{size / 2**20:.0f}" for size in result["weight_bytes_per_rank"])
     return (
         f"[{len(result['prompt_ids'])} + {len(result['output_ids'])} tokens, tp={result['tp']} {result['backend']} "
         f"{result['dtype']}{weights} on {result['device']}: prefill {result['prefill_ms']:.0f} ms, "
-        f"{result['decode_ms_per_token']:.1f} ms/token, {result['tokens_per_second']:.1f} tokens/s{path}, "
+        f"{result['decode_ms_per_token']:.1f} ms/token, {result['tokens_per_second']:.1f} tokens/s{once}{path}, "
         f"{memory} MiB of weights per rank]"
     )

@@ -141,7 +141,7 @@ def _by_source(name: str, figures: Iterable[tuple[str, Figure]]) -> list[str]:
 def comparison_lines(comparisons: Sequence[Comparison], source: str) -> str:
     """What ``bench model`` measured beside what is predicted for the same pass, as a table."""
     if not comparisons:
-        return f"measured: no row of {source} is of this model and dtype\n"
+        return f"measured: no row of {source} taken on a GPU is of this model and dtype\n"
     head = ["what", "tp", "shard of", "batch", "tokens", "context", "weights", "contender"]
     lines = [[*head, "measured ms", "predicted ms", "measured/predicted", "roof ms"]]
     for row in comparisons:

@@ -20,6 +20,9 @@ class _SwitchedOff(LocalCommunicator):
         super().__init__("off")
         self.rank, self.world_size, self.backend = rank, world_size, "off"
 
+    def all_reduce(self, x, op="sum", *, out=None, timeout=None):
+        return super().all_reduce(x, op, out=x if out is None else out)  # not even a copy
+
     def reduce_scatter(self, x, op="sum", *, dim=0, sizes=None, timeout=None):
         dim = check_dim(x, dim, "reduce_scatter")
         sizes = resolve_sizes(x.shape[dim], sizes, self.world_size, "reduce_scatter")

@@ -2,9 +2,10 @@
 
     prefill   2 operations for each weight of the layers and each token; the head for the last token alone, because
               that is all a prompt needs; 4 for each pair of a query and a key it may see, times head size
-    decode    every weight but the embedding once a step, a row of the embedding and all cached keys and values a row
+    decode    all cached keys and values a row
+    either    every weight but the embedding once, of the embedding a row a token
 
-What activations move is left out: it is small beside either.
+What activations move is left out: it is small beside that.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Goal:
     limit: float
 
 
-# For one H100 80GB HBM3 and bf16; the plain PyTorch figures that they were set against are in docs/performance.md.
+# For one H100 80GB HBM3, four ranks sharing it, and bf16; what they were set against is in docs/performance.md.
 GOALS = (
     Goal("llama3-8b", "decode", 1, 1, "none", "ms", 5.3),
     Goal("llama3-8b", "decode", 1, 4, "none", "ms", 1.6),
@@ -57,6 +58,7 @@ def goal_of(
     *,
     tp: int,
     shard: int,
+    ranks_per_gpu: int,
     quantize: str,
     dtype: str,
     layers: int,
@@ -68,12 +70,15 @@ def goal_of(
 
     Args:
         gpu: its name, as torch says it.
+        ranks_per_gpu: goals of several ranks are for ranks on one GPU.
         layers: of the model that is measured; only the whole model has a goal.
-        tokens, context: of the prompt, and cached before a decode step: up to 1024 tokens of cache count.
+        tokens, context: of the prompt, 4096, and cached before a decode step, 1024.
     """
-    if "H100" not in gpu or dtype != "bfloat16" or batch != 1 or layers != ARCHITECTURES[model].layers:
+    if "H100" not in gpu or "HBM3" not in gpu or ranks_per_gpu != tp:  # others of that name have other memory
         return None
-    if (what == "prefill" and tokens != _GOAL_TOKENS) or (what == "decode" and context > _GOAL_CONTEXT):
+    if dtype != "bfloat16" or batch != 1 or layers != ARCHITECTURES[model].layers:
+        return None
+    if (what == "prefill" and tokens != _GOAL_TOKENS) or (what == "decode" and context != _GOAL_CONTEXT):
         return None
     wanted = (model, what, tp, shard, quantize)
     return next((g for g in GOALS if (g.model, g.what, g.tp, g.shard, g.quantize) == wanted), None)
@@ -92,15 +97,14 @@ def kv_bytes(shapes: Shapes, layers: int, batch: int, context: int, itemsize: in
     return 2 * layers * batch * context * shapes.kv_heads * shapes.head_dim * itemsize
 
 
-def weight_bytes(tensors: Iterable[torch.Tensor], embed: torch.Tensor, batch: int, tied: bool = False) -> int:
-    """Bytes of weights that a decode step of ``batch`` rows reads.
+def weight_bytes(tensors: Iterable[torch.Tensor], embed: torch.Tensor, tokens: int) -> int:
+    """Bytes of weights that a pass of ``tokens`` new tokens, over all rows, reads.
 
     Args:
         tensors: all weights and their scales; one that occurs twice is counted once.
         embed: the embedding, one of them, of which only a row for each token is read.
-        batch: rows.
-        tied: the head shares the embedding, so that all of it is read.
+        tokens: new ones.
     """
     each = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
-    rows = batch * embed.shape[1] * embed.element_size()
-    return sum(each.values()) + (0 if tied else rows - each[embed.data_ptr()])
+    rows = tokens * embed.shape[1] * embed.element_size()
+    return sum(each.values()) + rows - each[embed.data_ptr()]

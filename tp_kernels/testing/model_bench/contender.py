@@ -62,8 +62,8 @@ class PlainContender:
 
     WAYS = ("graph", "eager", "graph one length")
 
-    # Slots of a cache come in whole pages, as they would in a server; a mask's rows are then aligned, too.
-    PAGE = 256
+    # Slots of a cache come in whole pages of our engine's size, so that a mask's rows are aligned.
+    PAGE = 64
 
     def __init__(self, model: PlainModel, how: str = "eager", states: dict[tuple[int, int], PlainState] | None = None):
         if how not in self.WAYS:
@@ -142,7 +142,7 @@ class PlainContender:
 
 
 def release() -> None:
-    """Give memory that nobody holds any more back to the device."""
-    gc.collect()
+    """Give memory that nobody holds any more back to the GPU, if there is one."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()

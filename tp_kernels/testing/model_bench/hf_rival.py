@@ -13,14 +13,14 @@ from tp_kernels.testing.model_bench.plain_model import PlainModel
 
 __all__ = ["HFContender", "hf_model"]
 
-_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}
 
 
 def hf_model(model_type: str, sizes: Mapping[str, Any], weights: PlainModel) -> Any:
     """The ``*ForCausalLM`` of transformers with views of ``weights``: no weight is copied.
 
     Args:
-        model_type: "llama", "mistral", "qwen2" or "qwen3".
+        model_type: "llama", "mistral" or "qwen3".
         sizes: of the unsharded model, under the names of transformers' configurations.
         weights: of the whole model.
     Raises:

@@ -43,6 +43,8 @@ def profiled(play: Callable[[], Any], calls: int, on_gpu: bool) -> Profile:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
+    if on_gpu:
+        torch.cuda.synchronize()  # what was sent before is not part of it
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         play()
         if on_gpu:

@@ -38,7 +38,7 @@ class Entry:
         ours: one of this package's, and not a rival.
         quantize: what its weights are in, or "none".
         mode: "graph", "eager" or why there is no graph; "host" for a time taken on a CPU.
-        bytes, flops: what the pass reads and computes; 0 where that bounds nothing.
+        bytes, flops: what the pass reads and computes; 0 where it is not counted.
         timing: seconds a pass; None if it did not run.
         verdict: of the check; None where there is nothing to compare with.
         goal: for this contender in this case, if there is one.
@@ -69,7 +69,8 @@ def rows_of(
         entries: the contenders by name.
         roofs: what this GPU reached in the same run; None leaves percentages out.
     """
-    best_peer = min((e.timing.median for e in entries.values() if e.timing and not e.ours), default=None)
+    right = [e for e in entries.values() if e.timing and (e.verdict is None or e.verdict.good)]
+    best_peer = min((e.timing.median for e in right if not e.ours), default=None)
     rows = []
     for name, entry in entries.items():
         timing, seconds = entry.timing, entry.timing.median if entry.timing else None
@@ -82,7 +83,7 @@ def rows_of(
             unit = "ms" if entry.goal.measure == "ms" else "x off"
             goal = f"<= {entry.goal.limit:g} {unit}"
             value = reached[entry.goal.measure]
-            met = "" if value is None else "yes" if value <= entry.goal.limit else "no"
+            met = "" if value is None else "yes" if value <= entry.goal.limit and entry in right else "no"
         rows.append(
             {
                 "what": case.what,
@@ -123,7 +124,7 @@ def _roof(entry: Entry, roofs: Roofs | None) -> float | None:
 
 
 def _ratio(value: float | None, of: float | None) -> float | None:
-    """None where either is missing, or zero: bytes and operations that bound nothing."""
+    """None where either is missing, or zero: bytes and operations that are not counted."""
     return value / of if value and of else None
 
 
@@ -140,7 +141,8 @@ def case_lines(case: Case, rows: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         rate = f"{row['tflop_s']:8.1f} TFLOP/s" if row["tflop_s"] != "" else f"{row['tb_s']:8.3f} TB/s   "
         of_roof = f"{row['percent_of_roof']:5.1f}% of roof" if row["percent_of_roof"] != "" else ""
-        ratio = f"{row['times_best_peer']:6.3f}x best peer" if row["times_best_peer"] != "" else ""
+        peer = "best peer" if row["quantize"] == "none" else "best unquantised peer"
+        ratio = f"{row['times_best_peer']:6.3f}x {peer}" if row["times_best_peer"] != "" else ""
         ratio = f"{row['over_off']:6.3f}x off" if row["over_off"] != "" else ratio
         goal = f"goal {row['goal']}: {row['met']}" if row["goal"] else ""
         wrong = f"WRONG by {row['error']}, allowed {row['allowed_error']}" if row["verdict"] == "wrong" else ""
@@ -188,7 +190,9 @@ def plot(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Non
     first = rows[0]
     of = f"tp {first['tp']}" + (f", one shard of {first['shard']} without communication" if first["shard"] > 1 else "")
     where = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}, {machine['date']}"
-    figure.suptitle(f"{first['model']}, {of}, {first['dtype']}: {where}; red: roof of this run", fontsize=9)
+    roof = "; red: roof of this run" if any(row["percent_of_roof"] != "" for row in rows) else ""
+    figure.suptitle(f"{first['model']}, {of}, {first['dtype']}: {where}{roof}", fontsize=9)
+    figure.tight_layout()
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
