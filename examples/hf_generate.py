@@ -1,4 +1,4 @@
-"""A Hugging Face Llama on as many ranks as there are: python examples/hf_generate.py ./Llama-3.2-1B ["prompt"], or under torchrun."""
+"""A Hugging Face Llama, patched, generating: python examples/hf_generate.py FOLDER TEXT, or the same under torchrun."""
 
 import sys
 
@@ -6,10 +6,9 @@ from transformers import AutoTokenizer
 
 import tp_kernels as tp
 
-path, prompt = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "The capital of France is"
 with tp.ProcessGroupManager.initialize() as manager:
-    model = tp.from_pretrained(path)  # a LlamaForCausalLM; each rank reads only its shard
-    tokens = AutoTokenizer.from_pretrained(path)(prompt, return_tensors="pt")
-    output = model.generate(**tokens, max_new_tokens=24, do_sample=False)
+    model = tp.from_pretrained(sys.argv[1])  # a LlamaForCausalLM, patched; each rank reads only its shard
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+    tokens = model.generate(**tokenizer(sys.argv[2], return_tensors="pt").to(model.device), max_new_tokens=24)
     if manager.rank == 0:
-        print(AutoTokenizer.from_pretrained(path).decode(output[0], skip_special_tokens=True))
+        print(model.tp_report, tokenizer.decode(tokens[0], skip_special_tokens=True), sep="\n")

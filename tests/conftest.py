@@ -19,8 +19,9 @@ from tp_kernels.testing.rank_pool import PRELOAD, RankPool
 # torch.testing.assert_close imports the latter (half a thousand modules) on first use, which every rank would repeat.
 PRELOAD.extend(["pytest", "torch.distributed.tensor"])
 
-# The ranks of a pool, and single-process oracles beside them, share few cores.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# The ranks of a pool, and single-process oracles beside them, share few cores; models this small are slower on two
+# threads than on one, much slower where the cores are busy.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

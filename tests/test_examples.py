@@ -35,3 +35,19 @@ def test_torchrun_generate(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert len([line for line in out.splitlines() if line.startswith("- ")]) == 2
     assert "[2 ranks, " in err
+
+
+def test_hf_generate_says_what_transformers_says(tmp_path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    folder = str(save_tiny_checkpoint(tmp_path / "model"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=24)
+    script = EXAMPLES / "hf_generate.py"
+    assert len(script.read_text().splitlines()) < 15
+    monkeypatch.setattr("sys.argv", [str(script), folder, "Hello"])
+    capsys.readouterr()
+    runpy.run_path(str(script), run_name="__main__")  # one rank: a process of its own would import transformers again
+    out = capsys.readouterr().out
+    assert out.startswith("Llama on 1 rank")
+    assert out.rstrip("\n").endswith(tokenizer.decode(tokens[0], skip_special_tokens=True))

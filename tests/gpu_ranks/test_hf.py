@@ -50,7 +50,9 @@ def patched(group, family):
     tokens = single.generate(ids, **OPTIONS)
     with torch.inference_mode():
         greedy = single.tp_causal_lm()(tokens).argmax(-1)[:, ids.shape[1] - 1 : -1]
-    return logits.cpu(), norm.cpu(), tokens.cpu(), greedy.cpu()
+    torch.manual_seed(group.rank)  # rank 0's random numbers are everybody's
+    sampled = single.generate(ids, max_new_tokens=NEW, do_sample=True, eos_token_id=None)
+    return logits.cpu(), norm.cpu(), tokens.cpu(), greedy.cpu(), sampled.cpu()
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
@@ -69,9 +71,11 @@ def test_ranks_on_one_gpu_equal_transformers(gpu_ranks, world_size, family):
     exact = output.logits.detach().cpu()
     exact_norm = exact_model.model.layers[0].input_layernorm.weight.grad.cpu()
     tokens = make(family, torch.float32, device).generate(ids, **OPTIONS).cpu()
-    for logits, gradient, generated, greedy in gpu_ranks(world_size).run(patched, family, timeout=150.0):
+    results = gpu_ranks(world_size).run(patched, family, timeout=150.0)
+    for logits, gradient, generated, greedy, sampled in results:
         # Partial sums are rounded to bf16 before they are summed, which one rank's matmul does not do: two roundings of
         # numbers 1/sqrt(2) of the sum's size double the variance of its own rounding. So 2 * sqrt(2) = 2.8.
         assert_close_to_reference(logits, theirs, exact, factor=3.0, name="logits")
         assert_close_to_reference(gradient, norm, exact_norm, factor=3.0, name="gradient of a norm")
         assert torch.equal(generated, tokens) and torch.equal(greedy, tokens[:, ids.shape[1] :])
+        assert torch.equal(sampled, results[0][-1])

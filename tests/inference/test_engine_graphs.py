@@ -5,6 +5,7 @@ like a graph it knows nothing of what the host thinks by the time it is played.
 """
 
 import gc
+import json
 import warnings
 import weakref
 from dataclasses import replace
@@ -12,16 +13,25 @@ from functools import partial
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tp_kernels.inference import engine as engine_module
 from tp_kernels.inference import engines, generation
+from tp_kernels.inference.device_sampling import choose_greedily
 from tp_kernels.inference.engine import DecodeEngine
 from tp_kernels.inference.engines import engine_for
+from tp_kernels.inference.gpu_step import FusedStep
+from tp_kernels.inference.paged_cache import PagedKVCache
 from tp_kernels.inference.sampling import SamplingParams
 from tp_kernels.inference.step_graph import BATCH_SIZES, CaptureFailed, ladder
+from tp_kernels.layers import quantize_model
 from tp_kernels.models import ModelConfig, ParallelCausalLM
-from tp_kernels.ops._gpu import H100, pretend
+from tp_kernels.ops import tuning
+from tp_kernels.ops._gpu import A100, H100, pretend
+from tp_kernels.ops.kernels.launch import recording
+from tp_kernels.ops.norm_linear import WEIGHT_PROPERTY
 
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6]]
 LIMITS = [2, 6, 4]
@@ -90,7 +100,7 @@ class TapeRecorder:
         return tape.play
 
 
-def recording(engine, recorder=None):
+def capturing(engine, recorder=None):
     """The engine, told that it can capture."""
     engine._graphs.reason, engine._graphs._recorder = None, recorder or TapeRecorder(engine)
     return engine
@@ -106,7 +116,7 @@ def test_replays_give_the_tokens_of_steps():
     sampling.append(SamplingParams(1.2, seed=5))  # the same graphs: a seed is in the numbers that they are given
     with engine_of(model) as engine:
         expected = [engine.generate(PROMPTS, LIMITS, sampling=each).output_ids for each in sampling]
-    with recording(engine_of(model)) as engine:
+    with capturing(engine_of(model)) as engine:
         with torch.inference_mode():
             engine.cache.keys[:, 1:] = torch.nan  # what was never written must never matter
             engine.cache.values[:, 1:] = torch.nan
@@ -124,7 +134,7 @@ def test_replays_give_the_tokens_of_steps():
 
 
 def test_all_sizes_are_recorded_on_request_the_largest_first():
-    with recording(engine_of(tiny(), max_batch=6)) as engine:
+    with capturing(engine_of(tiny(), max_batch=6)) as engine:
         engine.prefill(PROMPTS)
         engine.capture()
         recorded = engine._graphs._recorder.recorded
@@ -135,30 +145,106 @@ def test_all_sizes_are_recorded_on_request_the_largest_first():
     assert ladder(6) == (1, 2, 4, 6) and ladder(1) == (1,) and ladder(256) == BATCH_SIZES and len(BATCH_SIZES) == 35
 
 
+def test_recording_at_any_time_has_random_numbers(monkeypatch):
+    monkeypatch.setattr(engine_module, "_DRAWS", 3)
+    with capturing(engine_of(tiny(), max_batch=2)) as engine:
+        engine.prefill([[1, 2]], sampling=SamplingParams(1.0, seed=1))
+        engine.step()
+        engine.step()
+        engine.capture()  # all three have been drawn
+        engine.step()
+        assert engine.pending == 4
+
+
 def test_modules_with_hooks_are_recorded_too():
     model = tiny()
     model.model.layers[0].mlp.register_forward_hook(lambda _module, _args, out: out * 2)
     with engine_of(model) as engine:
         expected = engine.generate(PROMPTS, LIMITS).output_ids
-    with recording(engine_of(model)) as engine:
+    with capturing(engine_of(model)) as engine:
         assert engine.generate(PROMPTS, LIMITS).output_ids == expected
         assert engine.path == "graph; modules: a ParallelMLP has forward hooks"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
-def test_kernels_give_the_tokens_of_pytorch():
-    """Every launch of prompts and steps, interpreted, as on an H100 without measured tables."""
-    changes = dict(model_type="mistral", sliding_window=5, num_key_value_heads=2, hidden_size=64)
-    model = tiny(**changes)
+def few_rows_table(path):
+    """Write a table by which a decode step of ``kernel_model`` takes the launches it has on a GPU that was tuned."""
+
+    def gemv(**sizes):
+        config = {"block_n": 16, "block_k": 64, "num_warps": 1}  # few programs: they are interpreted
+        return {"dtype": "16bit", "sizes": {"m": 2, **sizes}, "path": "gemv", "config": config, "us": {"gemv": 1.0}}
+
+    kinds = WEIGHT_PROPERTY.values()
+    ops = {
+        "norm_linear": [gemv(n=n, k=64, weight=kind) for kind in kinds for n in (128, 64)],
+        "norm_swiglu_linear": [gemv(n=48, k=64, weight=kind) for kind in kinds],
+        "linear_residual": [gemv(n=64, k=k) for k in (64, 48)],
+        "quantized_linear": [gemv(n=64, k=k, fp8=fp8) for k in (64, 48) for fp8 in (0, -1)],
+    }
+    path.write_text(json.dumps({"gpu": "imagined", "measured": "never", "ops": ops}))
+
+
+def kernel_model(layers=2):
+    """Sizes that the kernels for few rows take, weights large enough that tokens are far from equal."""
+    changes = dict(model_type="mistral", sliding_window=5, num_key_value_heads=2, hidden_size=64, intermediate_size=48)
+    model = tiny(vocab_size=64, num_hidden_layers=layers, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
-    model.half()
+    return model.half()
+
+
+@pytest.fixture
+def imagined_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("TP_KERNELS_TUNING_DIR", str(tmp_path))
+    few_rows_table(tmp_path / "h100.json")
+    tuning.forget_tables()
+    yield
+    tuning.forget_tables()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_kernels_give_the_tokens_of_pytorch(kind, imagined_table):
+    """Every launch of prompts and steps, interpreted, as on an H100."""
+    model = kernel_model(2 if kind is None else 1)
+    if kind is not None:
+        quantize_model(model, kind)
+    limits = [2, 3, 1]
     with engine_of(model, max_batch=3) as engine:
-        expected = engine.generate(PROMPTS, [2, 3, 1]).output_ids
+        expected = engine.generate(PROMPTS, limits).output_ids
         with pretend(H100):
-            assert engine.generate(PROMPTS, [2, 3, 1], chunk=7).output_ids == expected
+            assert engine.generate(PROMPTS, limits, chunk=7).output_ids == expected
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
+def test_a_layer_is_six_launches_on_one_rank(kind, imagined_table):
+    model = kernel_model()
+    if kind is not None:
+        quantize_model(model, kind)
+    model = model.to("meta")  # nothing runs: operators of PyTorch that compute are counted, our launches recorded
+    cache = PagedKVCache.for_model(model, max_batch=1, max_len=64, page_size=64)
+    tokens, ids = torch.zeros(2, 1, dtype=torch.int64, device="meta")
+    with torch.inference_mode(), pretend(H100):
+        step, rows = FusedStep(model, 64), cache.rows(1)
+        with recording() as launches, profile(activities=[ProfilerActivity.CPU]) as torchs:
+            choose_greedily(tokens, ids, step.decode(ids, rows), model.group, model.lm_head.partition)
+    layer = ["gemv", "qkv_rope", "decode", "gemv", "gemv", "gemv"]
+    names = [launch.kernel.fn.__name__.strip("_").removesuffix("_kernel") for launch in launches]
+    assert names == 2 * layer + ["gemv", "best_of_part", "best_of_row"]
+    views = {"empty", "new_empty", "as_strided", "transpose", "reshape", "view", "unsqueeze", "slice"}
+    assert {event.key.removeprefix("aten::") for event in torchs.key_averages()} - views == {"embedding"}
+
+
+def test_cublas_adds_to_the_residual_stream_in_place():
+    model = kernel_model(1).to("meta")
+    cache = PagedKVCache.for_model(model, max_batch=1, max_len=64, page_size=64)
+    with torch.inference_mode(), pretend(A100), recording():  # of which there is no table
+        step, rows = FusedStep(model, 64), cache.rows(1)
+        with profile(activities=[ProfilerActivity.CPU]) as torchs:
+            step.decode(torch.zeros(1, dtype=torch.int64, device="meta"), rows)
+    counts = {event.key: event.count for event in torchs.key_averages()}
+    assert counts["aten::addmm_"] == 2
 
 
 def test_the_host_is_one_step_ahead():
@@ -183,11 +269,11 @@ def test_steps_that_cannot_be_captured_run_eagerly():
     model = tiny()
     with engine_of(model) as engine:
         expected = engine.generate(PROMPTS, LIMITS).output_ids
-    with recording(engine_of(model), Refusing()) as engine:
+    with capturing(engine_of(model), Refusing()) as engine:
         with pytest.warns(UserWarning, match="without a CUDA graph: no such luck"):
             assert engine.generate(PROMPTS, LIMITS).output_ids == expected
         assert engine.path == "eager: no such luck"
-    with recording(engine_of(model), Refusing()) as engine:
+    with capturing(engine_of(model), Refusing()) as engine:
         engine._graphs._must = True
         with pytest.raises(ValueError, match="capture=True: no such luck"):
             engine.generate(PROMPTS, LIMITS)

@@ -89,6 +89,9 @@ def test_moved_to_the_gpu_after_patching_and_under_autocast():
     ids, mask = prompts()
     stock, model = make("Qwen3", torch.float32), apply_tp_kernels(make("Qwen3", torch.float32).cpu()).to(DEVICE)
     assert model.model.layers[0].self_attn.joined() is not None
+    state, parameters = model.state_dict(), dict(model.named_parameters())
+    assert all(value.data_ptr() == parameters[key].data_ptr() for key, value in state.items())
+    assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
     exact = run(make("Qwen3", torch.float64), ids, mask)
     with torch.autocast(DEVICE, torch.bfloat16):
         theirs, ours = run(stock, ids, mask), run(model, ids, mask)

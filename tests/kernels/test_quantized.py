@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from tp_kernels import ops
+from tp_kernels.comm.communicator import LocalCommunicator
+from tp_kernels.comm.tp_group import TPGroup
+from tp_kernels.layers import RowParallelLinear
 from tp_kernels.ops import linear_reference, swiglu_linear_reference, tuning
-from tp_kernels.ops._gpu import A100, H100, gpu_of, pretend
+from tp_kernels.ops._gpu import A100, H100, GpuInfo, gpu_of, pretend
 from tp_kernels.ops.kernels import gemv as gemv_kernels
 from tp_kernels.ops.kernels import skinny as skinny_kernels
 from tp_kernels.ops.kernels.dequantize import dequantize
@@ -24,6 +27,7 @@ from tp_kernels.testing.op_bench.case import randn
 
 Gemv, Skinny = gemv_kernels.Config, skinny_kernels.Config
 kinds = pytest.mark.parametrize("kind", KINDS)
+L4 = GpuInfo("NVIDIA L4", (8, 9), 58)  # less than half of their shared memory
 
 
 def operands(generator, dtype, m, n, k, kind, gated=False, everything=True):
@@ -270,9 +274,35 @@ def test_other_operands(device, generator):
         ops.linear(x.requires_grad_(), weight, weight_scale=scale)
 
 
-@pytest.mark.parametrize("info", [H100, A100], ids=["H100", "A100"])
+class Lending(LocalCommunicator):
+    """Lends one tensor for the sums that its ranks are to read."""
+
+    def get_buffer(self, shape, dtype, use="input"):
+        self.lent = torch.full(shape, float("nan"), dtype=dtype, device=self.device)
+        return self.lent
+
+
+@kinds
+@pytest.mark.parametrize(("m", "path"), [(1, "gemv"), (9, "skinny"), (70, "dequantize")])
+def test_partial_sums_are_written_where_the_ranks_read_them(device, generator, kind, m, path):
+    communicator = Lending()
+    communicator.device = device
+    factory = {"group": TPGroup(communicator), "dtype": torch.float16, "device": device}
+    layer = RowParallelLinear(48, 32, False, **factory).quantize(kind)
+    x = randn(generator, m, 48, dtype=torch.float16)
+    with torch.no_grad():
+        found = layer.partial_sum(x.view(1, m, 48))
+        assert found is communicator.lent and found.shape == (1, m, 32)
+        weight, scale = layer.weight, layer.weight_scale
+        assert ops.explain("linear", x, weight, weight_scale=scale).name == path
+        torch.testing.assert_close(found[0], ops.linear(x, weight, weight_scale=scale), rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="for inference"):
+        layer.partial_sum(x.requires_grad_())
+
+
+@pytest.mark.parametrize("info", [H100, A100, L4], ids=["H100", "A100", "L4"])
 def test_candidates(info):
-    for n, k, gated in [(6144, 4096, False), (14336, 4096, True), (1024, 1024, False), (100, 1008, True)]:
+    for n, k, gated in [(6144, 4096, False), (14336, 4096, True), (4096, 14336, False), (100, 1008, True)]:
         for m in (1, 2, 4, 8, 16, 17, 64, 128):
             for module in (gemv_kernels, skinny_kernels):
                 found = module.candidates(info, torch.bfloat16, m, n, k, gated, True)

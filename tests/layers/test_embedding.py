@@ -132,3 +132,10 @@ def check_behaviour(group):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_behaviour(rank_pool, world_size):
     rank_pool(world_size).run(check_behaviour)
+
+
+def test_lookup_compiles_without_graph_breaks():
+    embedding = VocabParallelEmbedding(11, 6)
+    ids = torch.tensor([[0, 10, 3]])
+    compiled = torch.compile(embedding, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(ids), nn.functional.embedding(ids, embedding.weight))

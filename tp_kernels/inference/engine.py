@@ -21,6 +21,7 @@ or have hooks, steps go through the modules instead of past them, captured all t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -211,8 +212,11 @@ class DecodeEngine:
         hidden: list[torch.Tensor] = []
         for pieces in passes([len(prompt) for prompt in prompts], chunk):
             packed = self.cache.pack([(first + row, begin, end) for row, begin, end in pieces], self._window)
-            ids = torch.empty(sum(end - begin for _, begin, end in pieces), dtype=torch.int64, device=self.device)
-            upload(ids, torch.cat([torch.tensor(prompts[row][begin:end]) for row, begin, end in pieces]))
+            tokens = array("q")  # half the time of torch.tensor for a list of 4096 numbers
+            for row, begin, end in pieces:
+                tokens.extend(prompts[row][begin:end])
+            ids = torch.empty(len(tokens), dtype=torch.int64, device=self.device)
+            upload(ids, torch.frombuffer(tokens, dtype=torch.int64))
             ends = accumulate(end - begin for _, begin, end in pieces)
             done = [at - 1 for (row, _, end), at in zip(pieces, ends, strict=True) if end == len(prompts[row])]
             last = torch.empty(len(done), dtype=torch.int64, device=self.device)
@@ -319,6 +323,7 @@ class DecodeEngine:
         """Record the graphs of all batch sizes now, the largest first, instead of when they are first needed."""
         self._check_ready()
         self.cache.sync()
+        self._refill_draws()  # a rehearsal takes one
         for size in reversed(self._sizes):
             self._replayer(size)
 

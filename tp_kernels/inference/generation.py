@@ -286,6 +286,6 @@ def _check_ranks_agree(group, arguments: tuple) -> None:
     if group.world_size == 1:
         return
     digest = int.from_bytes(hashlib.sha256(repr(arguments).encode()).digest()[:7], "big")
-    mine = torch.tensor([digest], dtype=torch.int64, device=group.device_type)
+    mine = torch.tensor([digest], dtype=torch.int64, device=group.device)
     if len(set(group.communicator.all_gather(mine).tolist())) > 1:
         raise ValueError("generate was called with different prompts or options on different ranks; give all the same")

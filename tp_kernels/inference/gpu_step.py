@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from tp_kernels import ops
 from tp_kernels.inference.plain_model import foreign_reason
-from tp_kernels.ops._gpu import takes_kernels
+from tp_kernels.ops._gpu import autocast_dtype, takes_kernels
+from tp_kernels.ops._gpu_linear import choose_linear
 
 if TYPE_CHECKING:
     from tp_kernels.inference.paged_cache import PackedCache
@@ -66,7 +66,7 @@ class FusedStep:
     def why_not(model: ParallelCausalLM) -> str | None:
         """Why the modules cannot be gone past; None if they can."""
         weight = model.model.norm.weight
-        if torch.is_autocast_enabled(weight.device.type):
+        if autocast_dtype(weight) is not None:
             return "autocast is on"
         if _has_any_global_hook():
             return "there are global module hooks"
@@ -218,6 +218,11 @@ def _attend(attention: ParallelAttention, qkv: Tensor, cos: Tensor, sin: Tensor,
 
 
 def _linear(x: Tensor, layer: Any, residual: Tensor | None = None) -> Tensor:
+    """The projection, with ``residual`` added, which may be overwritten."""
+    plain = residual is not None and layer.bias is None and layer.weight_scale is None and takes_kernels(x)
+    if plain and choose_linear(x, layer.weight, None, residual).path == "torch":
+        # cuBLAS adds to what stands in its result; ``addmm`` would first copy the stream to a new one.
+        return residual.addmm_(x, layer.weight.t())
     return ops.linear(x, layer.weight, layer.bias, residual, weight_scale=layer.weight_scale)
 
 

@@ -7,6 +7,7 @@ into an edge of the graph (CUDA documents it so); nothing has to be asked for he
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def holds_anywhere(group: TPGroup, condition: bool) -> bool:
     """Whether ``condition`` holds on any rank. Collective; waits for the device."""
     if group.world_size == 1:
         return condition
-    mine = torch.full((1,), float(condition), device=group.device_type)
+    mine = torch.full((1,), float(condition), device=group.device)
     return bool(group.all_reduce(mine, "max").item())
 
 
@@ -68,7 +69,8 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._stream = _capture_stream(device)
 
     def record(self, warm_up: Callable[[], Any], function: Callable[[], Any]) -> Callable[[], None]:
@@ -90,6 +92,8 @@ class CudaRecorder:
             current.wait_stream(self._stream)
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
+            if not self._alive:  # PyTorch may refuse the pool of graphs that are all gone ("use_count > 0")
+                self._pool = torch.cuda.graph_pool_handle()
             try:
                 # Other threads (of NCCL, say) may go on asking CUDA for this and that.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -100,7 +104,9 @@ class CudaRecorder:
                 raise
             except Exception as error:
                 torch.cuda.synchronize(self._device)
-                raise CaptureFailed(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+                reason = next(iter(str(error).splitlines()), "")[:200]
+                raise CaptureFailed(f"{type(error).__name__}: {reason}") from error
+        self._alive.add(graph)
 
         def replay() -> None:
             with torch.cuda.device(self._device):  # a graph goes to the current stream of the current device

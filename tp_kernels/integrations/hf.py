@@ -30,7 +30,7 @@ from tp_kernels.integrations.hf_layer import (
 )
 from tp_kernels.integrations.hf_mlp import MLPAdapter
 from tp_kernels.integrations.hf_model import CausalLMAdapter
-from tp_kernels.integrations.hf_packing import HeadParallelLinear, PackedLinears, adapted_class, repack
+from tp_kernels.integrations.hf_packing import HeadParallelLinear, PackedLinears, adapted_class, repack, separate
 from tp_kernels.integrations.hf_report import PatchReport
 from tp_kernels.integrations.hf_sharing import SharedModel
 from tp_kernels.layers import ColumnParallelLinear, ParallelLMHead, RowParallelLinear, VocabParallelEmbedding
@@ -53,7 +53,9 @@ def apply_tp_kernels(
     Supported are ``LlamaForCausalLM`` (SmolLM2 too), ``MistralForCausalLM``, ``Qwen2ForCausalLM`` and
     ``Qwen3ForCausalLM`` of transformers 5, with any rotary scaling, bias, sliding window or number of heads. Call it
     before PEFT, FSDP, DDP or ``torch.compile``, and before an optimiser is made: with several ranks the parameters are
-    new ones.
+    new ones. Whatever is done to the model later (hooks, adapters, frozen parameters) is done on every rank alike: it
+    decides which collectives run. Gradients are clipped by ``tp_kernels.layers.clip_grad_norm_``, since torch's (and
+    with it transformers' ``Trainer``, unless ``max_grad_norm=0``) sees this rank's slices only.
 
     Args:
         model: loaded, with the same weights on every rank, or on the meta device (weights to come: then only shapes are
@@ -70,9 +72,9 @@ def apply_tp_kernels(
 
     Returns:
         ``model``, with ``tp_report`` (what was replaced, and what not with the reason), ``tp_group``,
-        ``tp_causal_lm()`` (a ``ParallelCausalLM`` over the same memory, for generation) and a collective
-        ``save_pretrained`` that writes the whole checkpoint. ``model.config`` keeps the full sizes; ``state_dict`` has
-        the stock names and this rank's slices.
+        ``tp_causal_lm()`` (a ``ParallelCausalLM`` over the same memory, for generation), a ``generate`` that samples
+        the same tokens on every rank, and a collective ``save_pretrained`` that writes the whole checkpoint.
+        ``model.config`` keeps the full sizes; ``state_dict`` has the stock names and this rank's slices.
 
     Raises:
         ValueError: on every rank, the model unchanged: another model, a quantised, adapted or already parallel one,
@@ -203,6 +205,7 @@ class _Patch:
             self._replace(mlp, "down_proj", self._row(mlp.down_proj, None))
         if self.swiglu:
             self._adapt(mlp, MLPAdapter, "SwiGLU MLP")
+            mlp.tp_gate = type(mlp.act_fn)
             self._pack(mlp, path)
 
     def _row(self, stock: nn.Linear, partition: list[int] | None) -> RowParallelLinear:
@@ -230,6 +233,7 @@ class _Patch:
     def _pack(self, module: PackedLinears, path: str) -> None:
         reason = module.pack()
         module.register_load_state_dict_post_hook(repack)
+        module.register_state_dict_post_hook(separate)
         if reason is not None:
             self.report.keep(f"{path}: one matmul for {', '.join(module.packed_names)}", reason)
         else:

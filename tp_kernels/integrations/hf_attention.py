@@ -89,7 +89,8 @@ class AttentionAdapter(PackedLinears):
         """(attention's result [B, S, heads, D], its weights or None)."""
         dropout = self.attention_dropout if self.training else 0.0
         length, seen = q.shape[2], k.shape[2]
-        window = self.tp_window
+        # Without a mask and without that word from our model, transformers' attention knows of no window either.
+        window = self.tp_window if plain else None
         expressible = (
             (mask is None or plain)
             and not dropout
@@ -107,4 +108,6 @@ class AttentionAdapter(PackedLinears):
         if expressible:
             mask = None
         attend = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
-        return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, sliding_window=window, **kwargs)
+        return attend(
+            self, q, k, v, mask, dropout=dropout, scaling=self.scaling, sliding_window=self.tp_window, **kwargs
+        )

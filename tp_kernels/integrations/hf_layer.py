@@ -156,6 +156,6 @@ class ModelAdapter:
             return position_ids is None or past_key_values is not None
         if length == 1 or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             return False  # for a single token the mask is small, and looking at its values makes a GPU wait
-        if past_key_values is None and mask.shape[1] != length:
-            return False
-        return bool(mask.all())
+        # A mask that ends before the keys hides those behind its end.
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return mask.shape[1] >= seen + length and bool(mask.all())

@@ -18,15 +18,16 @@ class MLPAdapter(PackedLinears):
 
     Attributes:
         tp_group: the ``TPGroup`` of the projections.
+        tp_gate: class of the activation that the kernel computes.
     """
 
     packed_names = ("gate_proj", "up_proj")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., hidden], whole and equal on every rank."""
-        joined, down = self.joined(), self.down_proj
-        if joined is None:
-            return down(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        joined, down, gate = self.joined(), self.down_proj, self.act_fn
+        if joined is None or type(gate) is not self.tp_gate or not unobserved(gate):
+            return down(gate(self.gate_proj(x)) * self.up_proj(x))
         weight, bias = joined
         group = self.tp_group if self.tp_group.world_size > 1 else None
         if (

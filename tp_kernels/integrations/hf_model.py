@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tp_kernels.comm.tp_group import TPGroup
 from tp_kernels.integrations.hf_saving import save_on_first_rank
 from tp_kernels.layers import VocabParallelEmbedding, iter_tensor_shards
 
@@ -70,6 +71,24 @@ class CausalLMAdapter:
 
         save_on_first_rank(self, self.tp_group, write, state_dict)
 
+    def generate(self, *args: Any, **kwargs: Any):
+        """As in transformers. Collective: all ranks call it with the same arguments, and get the same tokens.
+
+        Samples are drawn with rank 0's random numbers, whatever the other ranks' generators held.
+
+        Raises:
+            ValueError: ``max_time`` with several ranks, whose clocks would end the text at different tokens.
+        """
+        if self.tp_group.world_size > 1:
+            given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+            options = [kwargs, *(vars(config) for config in (given, self.generation_config) if config is not None)]
+            if any(option.get("max_time") is not None for option in options):
+                raise ValueError("max_time ends each rank's text by its own clock: expected max_new_tokens instead")
+            sampled = [option["do_sample"] for option in options if option.get("do_sample") is not None]
+            if sampled and sampled[0]:
+                _share_generator(self.tp_group, self.device)
+        return super().generate(*args, **kwargs)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """Refused: the vocabulary is spread over the ranks.
 
@@ -92,10 +111,16 @@ class CausalLMAdapter:
         self._tp_shared.forget()
         rotary = self.model.rotary_emb
         was_meta = rotary.inv_freq.is_meta
+        places: dict[int, list[tuple[dict, str]]] = {}
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                places.setdefault(id(parameter), []).append((module._parameters, name))
+        places.pop(id(None), None)
         super()._apply(fn, recurse)
-        if self.config.tie_word_embeddings:
-            # to_empty() and the like replace parameters one by one, and would part the head from the embedding.
-            self.lm_head.weight = self.model.embed_tokens.weight
+        # to_empty() and the like replace parameters one by one, and would part a head from the embedding it is tied to.
+        for (owner, name), *others in places.values():
+            for parameters, other in others:
+                parameters[other] = owner[name]
         if was_meta and not rotary.inv_freq.is_meta:
             # Computed, not loaded: memory that to_empty() made holds nothing yet.
             device = rotary.inv_freq.device
@@ -103,6 +128,14 @@ class CausalLMAdapter:
                 fresh = type(rotary)(config=self.config)
             self.model.rotary_emb = fresh.to(device)
         return self
+
+
+def _share_generator(group: TPGroup, device: torch.device) -> None:
+    """Give every rank the state of rank 0's default generator of ``device``. A collective call."""
+    on_gpu = device.type == "cuda"
+    state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+    state = group.broadcast(state.view(torch.int64).to(group.device)).cpu().view(torch.uint8)
+    torch.cuda.set_rng_state(state, device) if on_gpu else torch.set_rng_state(state)
 
 
 def _refuse_file(path: Any) -> None:

@@ -24,7 +24,7 @@ from tp_kernels.layers.base import TensorParallelLayer
 from tp_kernels.layers.linear import ColumnParallelLinear
 from tp_kernels.ops._library import watched
 
-__all__ = ["HeadParallelLinear", "PackedLinears", "adapted_class", "unobserved"]
+__all__ = ["HeadParallelLinear", "PackedLinears", "adapted_class", "repack", "separate", "unobserved"]
 
 
 @functools.cache
@@ -136,10 +136,14 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
         ctx.rows = [parameter.shape[0] for parameter in parameters]
+        ctx.parameters = parameters[1:]  # the first one shares its version with the overlay, which autograd checks
+        ctx.versions = [parameter._version for parameter in ctx.parameters]
         return _overlay(parameters)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if ctx.versions != [parameter._version for parameter in ctx.parameters]:
+            raise RuntimeError("a weight needed for gradient computation has been modified by an inplace operation")
         starts = [sum(ctx.rows[:i]) for i in range(len(ctx.rows))]
         return tuple(grad.narrow(0, start, rows) for start, rows in zip(starts, ctx.rows, strict=True))
 
@@ -236,6 +240,22 @@ def _quantized(linear: nn.Module) -> bool:
 def repack(module: PackedLinears, incompatible_keys: Any) -> None:
     """Hook for after ``load_state_dict``, which with ``assign=True`` brings parameters that lie elsewhere."""
     module.pack()
+
+
+def separate(module: PackedLinears, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Hook for after ``state_dict``: the packed tensors as such of their own, over the same memory.
+
+    Who looks for tied weights by their storage (safetensors' ``save_model``, accelerate's ``save_state``) would take
+    packed ones for copies of each other, refuse them or drop all but one.
+    """
+    for name in module.packed_names:
+        for kind in ("weight", "bias"):
+            tensor = state_dict.get(f"{prefix}{name}.{kind}")
+            if type(tensor) is not torch.Tensor or tensor.device.type not in ("cpu", "cuda") or watched():
+                continue
+            if tensor.untyped_storage().nbytes() > tensor.nbytes:
+                with torch.inference_mode(False):  # a tensor made anew would be one of inference mode, unlike a view
+                    state_dict[f"{prefix}{name}.{kind}"] = torch.from_dlpack(tensor)
 
 
 def _lay_out(parameters: Sequence[nn.Parameter]) -> None:

@@ -10,63 +10,14 @@ import torch
 from torch import nn
 
 from tp_kernels.checkpoint.agreement import agree
+from tp_kernels.checkpoint.errors import CheckpointError
 from tp_kernels.comm.tp_group import TPGroup
-from tp_kernels.layers.base import TensorShard, _gather, iter_tensor_shards
+from tp_kernels.layers.base import TensorShard, gather_shard, iter_tensor_shards
 
-__all__ = ["gathered_state", "save_on_first_rank"]
+__all__ = ["save_on_first_rank"]
 
 # Rank 0 may write for a long time; the others wait this many seconds for it.
 _WRITE_TIMEOUT = 3600.0
-
-
-def gathered_state(
-    model: nn.Module, group: TPGroup, given: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """The unsharded state dict, on the CPU of rank 0; the other ranks get an empty one. Collective.
-
-    Tensor by tensor: no rank but 0 ever holds more than one whole tensor.
-
-    Args:
-        model: the patched model.
-        group: its ranks.
-        given: a state dict of this rank's slices to take the tensors from, with the same names on every rank. What the
-            model does not know in it is taken as whole.
-    """
-    state: dict[str, torch.Tensor] = {}
-    seen: dict[Any, torch.Tensor | None] = {}
-    known = set()
-    for shard in iter_tensor_shards(model, remove_duplicate=False):
-        known.add(shard.name)
-        if given is not None:
-            tensor = given.get(shard.name)
-            if tensor is None:
-                continue
-            if tensor.shape == shard.target.shape:
-                shard = dataclasses.replace(shard, target=tensor)
-            elif tuple(tensor.shape) == shard.full_shape:
-                if group.rank == 0:
-                    state[shard.name] = tensor
-                continue
-            else:
-                raise ValueError(
-                    f"{shard.name}: expected this rank's slice {list(shard.target.shape)} or the whole tensor "
-                    f"{list(shard.full_shape)}, got {list(tensor.shape)}"
-                )
-        identity = _identity(shard)
-        if identity not in seen:
-            whole = _gather(shard, group)
-            seen[identity] = whole.cpu() if group.rank == 0 else None
-        if group.rank == 0:
-            state[shard.name] = seen[identity]
-    if group.rank == 0 and given is not None:
-        state |= {name: tensor for name, tensor in given.items() if name not in known}
-    return state
-
-
-def _identity(shard: TensorShard) -> Any:
-    """The same for all names of a tied weight, and for nothing else."""
-    local = shard.target.to_local() if hasattr(shard.target, "to_local") else shard.target  # FSDP2's DTensor
-    return (local.data_ptr(), shard.full_shape) if local.data_ptr() else shard.name
 
 
 def save_on_first_rank(
@@ -75,16 +26,74 @@ def save_on_first_rank(
     write: Callable[[dict[str, torch.Tensor]], None],
     given: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """``write(gathered_state)`` on rank 0; returns on every rank when it is done, or raises on every rank.
+    """``write(the unsharded state dict)`` on rank 0; returns on every rank when it is done, or raises on every rank.
+
+    Tensor by tensor: no rank but 0 ever holds more than one whole tensor, and rank 0 holds them on the CPU.
+
+    Args:
+        model: the patched model.
+        group: its ranks.
+        write: called on rank 0 alone.
+        given: a state dict to take the tensors from: this rank's slices, or whole tensors, which are rank 0's then.
+            What the model does not know in it is taken as whole.
 
     Raises:
-        CheckpointError: writing failed.
+        CheckpointError: writing failed, or ranks were given different names or shapes.
     """
-    error, state = None, {}
+    shards, whole, error, state = [], {}, None, {}
     try:
-        state = gathered_state(model, group, given)
+        shards, whole = _sources(model, given)
+    except ValueError as caught:
+        error = caught
+    # First, because from here on every rank has to make the same calls.
+    agree(group, error)
+    try:
+        agree(group, None, same=repr([shard.name for shard in shards]))
+    except CheckpointError as different:
+        ranks = list(different.ranks)
+        raise CheckpointError(f"ranks {ranks} were given a state_dict of other tensors than rank 0") from None
+    try:
+        state = _gathered(model, shards, group)
         if group.rank == 0:
-            write(state)
+            write(state | whole)
     except Exception as caught:
         error = caught
     agree(group, error, timeout=max(_WRITE_TIMEOUT, group.timeout))
+
+
+def _sources(
+    model: nn.Module, given: Mapping[str, torch.Tensor] | None
+) -> tuple[list[TensorShard], dict[str, torch.Tensor]]:
+    """(what has to be gathered, what is whole already)."""
+    shards = list(iter_tensor_shards(model, remove_duplicate=False))
+    if given is None:
+        return shards, {}
+    whole, sliced = dict(given), []
+    for shard in shards:
+        tensor = given.get(shard.name)
+        if tensor is None:
+            continue
+        if tensor.shape == shard.target.shape:
+            sliced.append(dataclasses.replace(shard, target=whole.pop(shard.name)))
+        elif tuple(tensor.shape) != shard.full_shape:
+            raise ValueError(
+                f"{shard.name}: expected this rank's slice {list(shard.target.shape)} or the whole tensor "
+                f"{list(shard.full_shape)}, got {list(tensor.shape)}"
+            )
+    return sliced, whole
+
+
+def _gathered(model: nn.Module, shards: list[TensorShard], group: TPGroup) -> dict[str, torch.Tensor]:
+    """The whole tensors on rank 0, tied ones as one; nothing on the others. Collective."""
+    # By the parameter, not by its memory: a rank whose part under FSDP2 is empty has none.
+    known = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    state: dict[str, torch.Tensor] = {}
+    seen: dict[Any, torch.Tensor | None] = {}
+    for shard in shards:
+        identity = known.get(shard.name, shard.name)
+        if identity not in seen:
+            tensor = gather_shard(shard, group)
+            seen[identity] = tensor.cpu() if group.rank == 0 else None
+        if group.rank == 0:
+            state[shard.name] = seen[identity]
+    return state

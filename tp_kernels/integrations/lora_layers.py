@@ -32,13 +32,14 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
+from tp_kernels import ops
 from tp_kernels.comm.functional import (
     copy_to_tensor_parallel,
     gather_from_sequence_parallel,
     scatter_to_tensor_parallel,
 )
 from tp_kernels.integrations.lora_factors import LoraFactor, SharedDropout, shared_rows, whole_input_linear
-from tp_kernels.layers.base import TensorParallelLayer
+from tp_kernels.layers.base import TensorParallelLayer, check_input
 from tp_kernels.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 __all__ = [
@@ -280,7 +281,9 @@ class RowParallelLora(ParallelLora):
             return self._add(out, x, active)
         if not base.input_is_parallel:
             x = scatter_to_tensor_parallel(x, base.group, dim=-1, sizes=base.partition)
-        return base.reduce_partial(self._add(base.partial_sum(x), x, active))
+        # Not ``partial_sum``, whose result may lie in memory that the next layer overwrites: this one is handed out.
+        check_input(x, base.in_features_local, base.weight, base)
+        return base.reduce_partial(self._add(ops.linear(x, base.weight), x, active))
 
     def partial_sum(self, x: torch.Tensor) -> torch.Tensor:
         """``RowParallelLinear.partial_sum`` with the active adapters' parts."""

@@ -21,7 +21,6 @@ Styles named as torch's (``ColwiseParallel``, ...) make DTensors, run torch's ke
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -233,8 +232,6 @@ class _HeadNorm(ParallelStyle):
         return self.apply_to(module, resolve_group(device_mesh))
 
     def apply_to(self, module: nn.Module, group: TPGroup) -> nn.Module:
-        # The unchanged module shares the parameters' dictionary. Put in directly: it is no child.
-        module.__dict__["_plain"] = copy.copy(module)
         module.__dict__["_tp_group"] = group
         module.__class__ = adapted_class(type(module), _SummedWeight)
         return module
@@ -247,8 +244,12 @@ class _SummedWeight:
     """Mixin: the gradient of ``weight`` is summed over the ranks."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weight = copy_to_tensor_parallel(self.weight, self._tp_group)
-        return torch.func.functional_call(self._plain, {"weight": weight}, args, kwargs)
+        own = self.weight
+        self._parameters["weight"] = copy_to_tensor_parallel(own, self._tp_group)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._parameters["weight"] = own
 
 
 class _Attention(ParallelStyle):

@@ -12,6 +12,7 @@ from tp_kernels.layers.base import (
     iter_tensor_shards,
     load_full_state_dict,
 )
+from tp_kernels.layers.clipping import clip_grad_norm_
 from tp_kernels.layers.cross_entropy import vocab_parallel_cross_entropy
 from tp_kernels.layers.decoder import ParallelDecoderLayer
 from tp_kernels.layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -38,6 +39,7 @@ __all__ = [
     "TensorParallelLayer",
     "TensorShard",
     "VocabParallelEmbedding",
+    "clip_grad_norm_",
     "full_gradients",
     "full_state_dict",
     "iter_tensor_shards",

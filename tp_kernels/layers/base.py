@@ -28,6 +28,7 @@ __all__ = [
     "TensorShard",
     "full_gradients",
     "full_state_dict",
+    "gather_shard",
     "iter_tensor_shards",
     "load_full_state_dict",
 ]
@@ -351,7 +352,7 @@ def _gather_all(module: nn.Module, group: Any, values: str) -> dict[str, torch.T
         identity = _identity(shard, parameter)
         if identity not in gathered:
             owner = child.group if isinstance(child, TensorParallelLayer) else None
-            gathered[identity] = _gather(shard, override or owner)
+            gathered[identity] = gather_shard(shard, override or owner)
         result[shard.name] = gathered[identity]
     return result
 
@@ -361,7 +362,8 @@ def _identity(shard: TensorShard, parameter: torch.Tensor) -> tuple[int, int]:
     return id(parameter), shard.target.storage_offset()
 
 
-def _gather(shard: TensorShard, group: TPGroup | None) -> torch.Tensor:
+def gather_shard(shard: TensorShard, group: TPGroup | None) -> torch.Tensor:
+    """The whole tensor, a copy, on every rank of ``group``; a collective call if the tensor is sharded."""
     # FSDP2 keeps a DTensor over its own dimension of the mesh: this rank's slice first.
     target = shard.target.full_tensor() if hasattr(shard.target, "full_tensor") else shard.target
     if shard.dim is None or group is None or group.world_size == 1:

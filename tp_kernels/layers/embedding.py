@@ -42,7 +42,7 @@ class VocabParallelEmbedding(TensorParallelLayer):
         int64 or int32 ids [...] -> [..., embedding_dim], the same on all ranks.
 
     Raises:
-        ValueError: bad sizes; in ``forward``, ids that are no integers, on another device or (on the CPU) outside the
+        ValueError: bad sizes; in ``forward``, ids that are no integers, on another device or (on the CPU, uncompiled) outside the
             vocabulary.
     """
 
@@ -88,7 +88,7 @@ class VocabParallelEmbedding(TensorParallelLayer):
         if ids.device != self.weight.device:
             raise ValueError(f"expected ids on {self.weight.device}, where the weight is, got {ids.device}")
         # A rank that finds no owner for an id would answer zero: check where that costs no device synchronisation.
-        if ids.is_cpu and ids.numel():
+        if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
             low, high = ids.aminmax()
             if low < 0 or high >= self.num_embeddings:
                 raise ValueError(f"expected ids in [0, {self.num_embeddings}), got {int(low)} to {int(high)}")

@@ -39,6 +39,7 @@ from tp_kernels.layers.quantized import QuantizableLinear
 from tp_kernels.ops._gpu import autocast_dtype, takes_kernels
 from tp_kernels.ops._gpu_linear import gpu_linear
 from tp_kernels.ops._library import needs_grad, watched
+from tp_kernels.ops._quantized_linear import quantized_linear
 
 __all__ = ["ColumnParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"]
 
@@ -448,15 +449,17 @@ class RowParallelLinear(_ParallelLinear):
         Args:
             x: [..., in_features_local].
         """
-        weight = self.weight
+        weight, scale = self.weight, self.weight_scale
         check_input(x, self.in_features_local, weight, self)
-        if self.weight_scale is not None:
-            return self._linear(x, weight)
         get_buffer = getattr(self.group.communicator, "get_buffer", None)
         if get_buffer is None or watched() or needs_grad(x, weight) or not takes_kernels(x):
-            return ops.linear(x, weight)
+            return self._linear(x, weight)
         buffer = get_buffer((*x.shape[:-1], self.out_features), x.dtype) if autocast_dtype(x) is None else None
-        return ops.linear(x, weight) if buffer is None else gpu_linear(x, weight, out=buffer)
+        if buffer is None:
+            return self._linear(x, weight)
+        if scale is None:
+            return gpu_linear(x, weight, out=buffer)
+        return quantized_linear(x, weight, None, None, None, scale, out=buffer)
 
     def reduce_partial(self, out: torch.Tensor):
         """What follows the local matmul: the sum over the ranks, then the bias.

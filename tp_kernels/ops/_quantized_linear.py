@@ -136,13 +136,18 @@ def quantized_linear(
     activation: str | None,
     scale: Tensor,
     gated: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``linear``, or ``swiglu_linear`` when gated, with a quantised weight; operands were checked, no gradient."""
+    """``linear``, or ``swiglu_linear`` when gated, with a quantised weight; operands were checked, no gradient.
+
+    ``out``: contiguous, where the result goes (not under autocast); None allocates.
+    """
     if takes_kernels(x) and takes_kernels(scale):
         plan = _decide(x, weight, bias, residual, scale, gated)
         if plan.launch is not None:
             n, k = weight.shape
-            out = new_like(x, n // 2 if gated else n)
+            if out is None:
+                out = new_like(x, n // 2 if gated else n)
             width = out.shape[-1]
             plan.launch(
                 dense_rows(out, width),
@@ -157,10 +162,17 @@ def quantized_linear(
                 scale=scale.contiguous(),
             )
             return out
-        return _multiply(x, dequantize_weight(weight, scale, x.dtype), bias, residual, activation, gated)
-    if x.is_cpu and _library.pretended is None:
-        return _on_cpu(x, weight, bias, residual, activation, scale, gated)
-    return _multiply(x, dequantize_weight_reference(weight, scale, x.dtype), bias, residual, activation, gated)
+        matrix = dequantize_weight(weight, scale, x.dtype)
+        if out is not None and not gated and bias is None and residual is None and activation is None:
+            torch.mm(x.reshape(-1, x.shape[-1]), matrix.t(), out=out.view(-1, out.shape[-1]))
+            return out
+        result = _multiply(x, matrix, bias, residual, activation, gated)
+    elif x.is_cpu and _library.pretended is None:
+        result = _on_cpu(x, weight, bias, residual, activation, scale, gated)
+    else:
+        matrix = dequantize_weight_reference(weight, scale, x.dtype)
+        result = _multiply(x, matrix, bias, residual, activation, gated)
+    return result if out is None else out.copy_(result)
 
 
 def _multiply(

@@ -96,10 +96,10 @@ def check_linear(
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        if tensor is None or tensor.dtype == x.dtype or (name == "weight" and weight_scale is not None):
+            continue
         # Autocast brings the operands to one dtype itself.
-        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            if name == "weight" and weight_scale is not None:
-                continue
+        if not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} is {tensor.dtype}, x is {x.dtype}")
 
 

@@ -255,7 +255,7 @@ def default_config(
     """The configuration for operands that nobody measured: 8 KiB a tile, of four to nine blocks a multiprocessor.
 
     Args:
-        info, dtype: as in every choice; the tiles depend on neither.
+        info, dtype: as in every choice; the tiles depend on neither, only how many are copied at once.
         m, n, k: rows of x, columns of the result, columns of the weight.
         gated: the weight has 2 * n rows.
         quantized: its elements have one byte.
@@ -279,7 +279,11 @@ def default_config(
     block_n = max(config.block_n // gates, 1)
     while block_n > 1 and n < 2 * info.num_sms * block_n:
         block_n //= 2
-    return config._replace(block_n=block_n, block_k=min(config.block_k, width))
+    config = config._replace(block_n=block_n, block_k=min(config.block_k, width))
+    # 120 KiB at eight rows of one-byte weights, and capability 8.6 or 8.9 has 99 KiB. A norm may be in front.
+    while config.num_stages > 1 and shared_bytes(config, m, gated, dtype.itemsize, quantized, True) > info.max_shared:
+        config = config._replace(num_stages=config.num_stages - 1)
+    return config
 
 
 def candidates(
