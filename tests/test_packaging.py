@@ -130,8 +130,8 @@ ALLOWED = {
     "planning": {"models", "checkpoint"},
     "testing": {"comm", "ops", "_native", "version"},
 }
-# Leaves that may be imported from everywhere: which slice a rank owns; how ranks share a GPU.
-LEAVES = {"tp_kernels.checkpoint.sharding", "tp_kernels.one_gpu"}
+# Leaves that may be imported from everywhere: which slice a rank owns; how ranks share a GPU; lazy packages.
+LEAVES = {"tp_kernels.checkpoint.sharding", "tp_kernels.one_gpu", "tp_kernels._lazy"}
 
 # The one way back: Triton kernels live with their like, and are fetched when the first of them is launched.
 EXCEPTIONS = {("comm/symmetric_calls.py", "tp_kernels.ops.kernels")}
@@ -175,7 +175,7 @@ def test_import_direction(part):
 
 
 def test_leaves_import_nothing_of_the_package():
-    for path in (PACKAGE / "checkpoint" / "sharding.py", PACKAGE / "version.py"):
+    for path in (PACKAGE / "checkpoint" / "sharding.py", PACKAGE / "version.py", PACKAGE / "_lazy.py"):
         assert list(_imports(path)) == []
     assert set(_imports(PACKAGE / "one_gpu.py")) == {"tp_kernels.mps"} and not list(_imports(PACKAGE / "mps.py"))
 

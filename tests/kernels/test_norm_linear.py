@@ -55,9 +55,10 @@ def check(given, gated=False, config=None, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize(
-    "config", [Config(2, 64, 1), Config(4, 32, 1, 3), Config(1, 256, 2), None], ids=["loop", "stages", "one", "default"]
+    ("m", "config"),
+    [(5, Config(2, 64, 1)), (1, Config(4, 32, 1, 3)), (5, Config(1, 256, 2)), (1, None)],
+    ids=["loop", "stages", "one tile", "default"],
 )
 def test_norm_in_the_gemv(generator, dtype, kind, m, config):
     check(operands(generator, dtype, m, 7, 144, kind), config=config)

@@ -245,7 +245,7 @@ for case in (case for case in cases_of("peer_norm") if case.name in {_COMPILED})
 """
 
 
-def test_no_load_of_peer_memory_comes_before_the_wait():
+def test_no_load_of_peer_memory_comes_before_the_wait_and_divisions_are_divisions():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", _PRINT_PTX], env=environment, capture_output=True, text=True, timeout=240
@@ -264,6 +264,9 @@ def test_no_load_of_peer_memory_comes_before_the_wait():
         assert sums and min(sums) > wait, name
         staged = [m.start() for m in re.finditer(r"st\.global", text)]
         assert (min(staged) < release) == ("registered" not in name), name
+        if "norm" in name:  # as in CUDA; by a number that it knew, the compiler would multiply with its reciprocal
+            divisor = re.search(r"div\.full\.f32\s+%\w+, %\w+, (%\w+);", text)
+            assert divisor and re.search(rf"cvt\.rn\.f32\.s32\s+{divisor[1]},", text), name
         if waits == 2:  # all peers' rows have been read when the second flag is raised
             assert max(sums) < text.rindex("st.release.sys.global.b64"), name
 

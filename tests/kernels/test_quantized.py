@@ -65,9 +65,10 @@ def check(launcher, given, activation=None, gated=False, config=None, **options)
 
 
 @kinds
-@pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize(
-    "config", [Gemv(2, 64, 1), Gemv(4, 32, 1, 3), Gemv(1, 256, 2), None], ids=["loop", "stages", "one tile", "default"]
+    ("m", "config"),
+    [(1, Gemv(2, 64, 1)), (5, Gemv(4, 32, 1, 3)), (1, Gemv(1, 256, 2)), (5, None)],
+    ids=["loop", "stages", "one tile", "default"],
 )
 def test_gemv(generator, dtype, kind, m, config):
     check(gemv, operands(generator, dtype, m, 7, 144, kind), config=config)
@@ -282,8 +283,7 @@ class Lending(LocalCommunicator):
         return self.lent
 
 
-@kinds
-@pytest.mark.parametrize(("m", "path"), [(1, "gemv"), (9, "skinny"), (70, "dequantize")])
+@pytest.mark.parametrize(("kind", "m", "path"), [("int8", 1, "gemv"), ("fp8", 9, "skinny"), ("int8", 70, "dequantize")])
 def test_partial_sums_are_written_where_the_ranks_read_them(device, generator, kind, m, path):
     communicator = Lending()
     communicator.device = device

@@ -4,33 +4,15 @@ Everything is imported on first use, because ``sharding`` is a leaf that the lay
 layers.
 """
 
-from __future__ import annotations
+from tp_kernels._lazy import lazy
 
-import importlib
-
-# public name -> submodule that defines it
-_EXPORTS = {
-    "CheckpointError": "errors",
-    "DistributedCheckpointLoader": "loader",
-    "HeadShard": "sharding",
-    "kv_replicas": "sharding",
-    "load_model": "model_loading",
-    "shard_heads": "sharding",
-    "shard_range": "sharding",
-    "shard_vocab": "sharding",
-    "shard_width": "sharding",
+_HOMES = {
+    "errors": ["CheckpointError"],
+    "loader": ["DistributedCheckpointLoader"],
+    "sharding": ["HeadShard", "kv_replicas", "shard_heads", "shard_range", "shard_vocab", "shard_width"],
+    "model_loading": ["load_model"],
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = [name for names in _HOMES.values() for name in names]
 
-
-def __getattr__(name: str):
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *_EXPORTS})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

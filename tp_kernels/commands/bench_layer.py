@@ -33,7 +33,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 from tp_kernels import one_gpu
-from tp_kernels.testing.bench import Timing, interleaved, write_csv
+from tp_kernels.testing.bench import Timing, interleaved, run_command_line, write_csv
 
 __all__ = ["Case", "Options", "add_arguments", "cases", "layer_rows", "main", "measure", "run"]
 
@@ -115,13 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of ``benchmarks/bench_layer.py``, and of the ranks that ``tp-kernels launch`` starts."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except ValueError as error:
-        parser.error(str(error))
+    return run_command_line(__doc__, add_arguments, run, argv)
 
 
 # Pure ----------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from typing import Any
 
 from tp_kernels import one_gpu
 from tp_kernels.commands.generation import under_torchrun
+from tp_kernels.testing.bench import run_command_line
 
 __all__ = ["Options", "add_arguments", "main", "measure", "run"]
 
@@ -185,13 +186,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of ``benchmarks/bench_model.py``, and of the ranks that ``tp-kernels launch`` starts."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except ValueError as error:
-        parser.error(str(error))
+    return run_command_line(__doc__, add_arguments, run, argv)
 
 
 # On every rank -------------------------------------------------------------------------------------------------------

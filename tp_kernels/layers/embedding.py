@@ -42,8 +42,8 @@ class VocabParallelEmbedding(TensorParallelLayer):
         int64 or int32 ids [...] -> [..., embedding_dim], the same on all ranks.
 
     Raises:
-        ValueError: bad sizes; in ``forward``, ids that are no integers, on another device or (on the CPU, uncompiled) outside the
-            vocabulary.
+        ValueError: bad sizes; in ``forward``, ids that are no integers, on another device or (on the CPU, uncompiled)
+            outside the vocabulary.
     """
 
     def __init__(

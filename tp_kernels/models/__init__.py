@@ -3,27 +3,13 @@
 Everything is imported on first use: configurations are read where no torch is needed.
 """
 
-from __future__ import annotations
+from tp_kernels._lazy import lazy
 
-import importlib
-
-# public name -> submodule that defines it
-_EXPORTS = {
-    "SUPPORTED_MODEL_TYPES": "config",
-    "ModelConfig": "config",
-    "ParallelCausalLM": "causal_lm",
+_HOMES = {
+    "config": ["SUPPORTED_MODEL_TYPES", "ModelConfig"],
+    "causal_lm": ["ParallelCausalLM"],
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = [name for names in _HOMES.values() for name in names]
 
-
-def __getattr__(name: str):
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *_EXPORTS})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -24,9 +24,11 @@ __all__ = [
     "bytes_argument",
     "format_bytes",
     "interleaved",
+    "load_pyplot",
     "parse_bytes",
     "plot_lines",
     "quantiles",
+    "run_command_line",
     "sizes_between",
     "write_csv",
 ]
@@ -144,6 +146,40 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -
         writer.writerows({**row, **machine} for row in rows)
 
 
+def run_command_line(
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+    argv: list[str] | None,
+) -> int:
+    """A benchmark as a program of its own: a ValueError of ``run`` is a usage error.
+
+    Args:
+        description: the first paragraph is the parser's.
+        add_arguments, run: as for ``tp-kernels bench``.
+        argv: None takes the process's.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def load_pyplot() -> Any:
+    """``matplotlib.pyplot`` that draws into files; ModuleNotFoundError says how to install it."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'tp-kernels[bench]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def plot_lines(
     path: str | os.PathLike[str],
     lines: Mapping[str, Sequence[tuple[float, Timing]]],
@@ -157,13 +193,7 @@ def plot_lines(
     Raises:
         ModuleNotFoundError: says how to install matplotlib.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'tp-kernels[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, points in lines.items():
         x = [point for point, _ in points]

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tp_kernels import one_gpu
-from tp_kernels.testing.bench import Timing, bytes_argument, format_bytes, sizes_between, write_csv
+from tp_kernels.testing.bench import Timing, bytes_argument, format_bytes, run_command_line, sizes_between, write_csv
 
 __all__ = ["Options", "add_arguments", "calls_for", "main", "measure", "norm_row", "run", "sum_rows"]
 
@@ -99,13 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of ``benchmarks/bench_all_reduce_gpu.py``, and of the ranks that ``tp-kernels launch`` starts."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except ValueError as error:
-        parser.error(str(error))
+    return run_command_line(__doc__, add_arguments, run, argv)
 
 
 # On every rank -------------------------------------------------------------------------------------------------------

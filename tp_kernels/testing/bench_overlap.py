@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tp_kernels import one_gpu
-from tp_kernels.testing.bench import Timing, interleaved, write_csv
+from tp_kernels.testing.bench import Timing, interleaved, run_command_line, write_csv
 
 __all__ = ["Options", "add_arguments", "candidates", "entries", "main", "measure", "run"]
 
@@ -118,13 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of ``benchmarks/bench_overlap.py``, and of the ranks that ``tp-kernels launch`` starts."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except ValueError as error:
-        parser.error(str(error))
+    return run_command_line(__doc__, add_arguments, run, argv)
 
 
 # On every rank -------------------------------------------------------------------------------------------------------

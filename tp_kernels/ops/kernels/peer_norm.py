@@ -236,7 +236,7 @@ def _sum_of_squares(s, scratch_ptr, CHUNKS: tl.constexpr, PER_PACK: tl.constexpr
     return total
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "timeout_ms"])
+@triton.jit(do_not_specialize=["rank", "rows", "width", "timeout_ms"])
 def _norm_kernel(
     x_ptr,  # [rows, WIDTH]
     bias_ptr,  # [WIDTH] or None
@@ -248,6 +248,7 @@ def _norm_kernel(
     table_ptr,  # int64 [2 * WORLD + 1]: every rank's data, every rank's flags, the error record
     rank,
     rows,
+    width,  # WIDTH, which the compiler does not know: it would multiply by a rounded reciprocal instead of dividing
     half_bytes,
     registered,  # where x lies behind a rank's data, on all ranks; read only if REGISTERED
     timeout_ms,
@@ -295,7 +296,7 @@ def _norm_kernel(
                 s = s.to(ELEMENT).to(tl.float32)
             tl.store(sum_ptr + at, s.to(ELEMENT), mask=mask)
             # Two sets in turn: a thread may still read the last row's when others write this row's.
-            mean = _sum_of_squares(s, scratch + turn * CHUNKS, CHUNKS, PER_PACK) / WIDTH
+            mean = _sum_of_squares(s, scratch + turn * CHUNKS, CHUNKS, PER_PACK) / width
             turn = 1 - turn
             normed = s * tl.rsqrt(mean + eps)
             if ROUND_FIRST:
@@ -441,6 +442,7 @@ def all_reduce_norm(
         table,
         rank,
         rows,
+        width,
         half_bytes,
         registered or 0,
         _milliseconds(timeout_ns),

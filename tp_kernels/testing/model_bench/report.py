@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tp_kernels.testing.bench import Timing
+from tp_kernels.testing.bench import Timing, load_pyplot
 from tp_kernels.testing.gpu_timer import Roofs
 from tp_kernels.testing.machine import machine_record
 from tp_kernels.testing.model_bench.budget import Goal
@@ -159,13 +159,7 @@ def plot(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Non
     Raises:
         ModuleNotFoundError: says how to install matplotlib.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'tp-kernels[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     cases: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["ms"] != "":

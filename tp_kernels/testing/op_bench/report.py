@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tp_kernels.testing.bench import load_pyplot
 from tp_kernels.testing.machine import machine_record
 
 __all__ = ["case_lines", "plot_ops", "summary"]
@@ -78,13 +79,7 @@ def plot_ops(folder: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
     Returns:
         The files written.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'tp-kernels[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     os.makedirs(folder, exist_ok=True)
     machine, files = machine_record(), []
     for op in dict.fromkeys(row["op"] for row in rows):
