@@ -49,6 +49,7 @@ class Group(NamedTuple):
 # In the order in which they are tuned: what a decode step and a prefill spend most of their time in comes first.
 # A table answers for sizes within a factor of two: tp 1 and 4 cover 1 to 8, these rows 1 to 32768 tokens.
 _TUNE_ROWS = ["--rows", "1", "4", "16", "64", "256", "1024", "4096", "16384"]
+_LENGTHS = ["--rows", "4096", "1024", "16384", "2048", "8192"]  # of one sequence
 _BENCH_ROWS = ["--rows", "1", "4", "16", "64", "1024", "4096"]
 GROUPS: dict[str, Group] = {
     "linear": Group(["linear"], 2.5, [*_TUNE_ROWS, "--tp", "1", "4"], 1.5, [*_BENCH_ROWS, *_ALL_TP]),
@@ -56,7 +57,7 @@ GROUPS: dict[str, Group] = {
     "decode": Group(["decode_attention"], 1.0, ["--tp", "1", "4"], 0.75, _ONE_TP),
     # Several ranks have their norms behind the sum over the ranks, and int8 has a goal at tp=1 only.
     "norm-linear": Group(["norm_linear"], 1.0, ["--rows", "1", "4", *_ONE_TP], 0.75, ["--rows", "1", "4", *_ONE_TP]),
-    "attention": Group(["flash_attention"], 1.75, ["--tp", "1", "4"], 1.0, _ONE_TP),
+    "attention": Group(["flash_attention"], 1.75, ["--tp", "1", "4"], 1.75, [*_LENGTHS, *_ONE_TP]),
     "quantized": Group(
         ["quantized_linear"],
         1.25,
@@ -109,7 +110,7 @@ class Part:
 def parts(out: Path) -> dict[str, Part]:
     """All parts, in the order in which they are worth running."""
     python, cores = sys.executable, os.cpu_count() or 1
-    plain_pytest = [python, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    plain_pytest = [python, "-m", "pytest", "-q", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
     # A kernel that hangs holds the main thread in the driver, where only another thread can end the process; sooner for
     # the engine's tests, whose part would else be over before it is known which one hangs.
     pytest, engine_pytest = (
@@ -151,7 +152,7 @@ def parts(out: Path) -> dict[str, Part]:
         ),
         "gpu-ranks": Part(
             {f"gpu-ranks-{path.stem.removeprefix('test_')}": [*plain_pytest, _relative(path)] for path in ranks},
-            5.0,
+            6.0,
             1,
             testing,
         ),
@@ -162,14 +163,16 @@ def parts(out: Path) -> dict[str, Part]:
         found[f"bench-{name}"] = _benchmark(name, out)
     # Ranks that share the GPU: these are ratios of two paths, see docs/one_gpu.md.
     bench = [python, "-m", "tp_kernels", "bench"]
-    for ranks_each in (4, 2):
+    for ranks_each, factor, minutes in ((4, 2, 4.0), (2, 8, 2.5)):  # both hit 2 KB and 64 MB
         name = f"comm-all-reduce-{ranks_each}"
-        command = [*bench, "all-reduce-gpu", "--ranks", str(ranks_each), "--factor", "4"]
-        found[name] = _one(name, [*command, "--csv", str(out / f"{name}.csv")], 2.5)
+        command = [*bench, "all-reduce-gpu", "--ranks", str(ranks_each), "--factor", str(factor)]
+        found[name] = _one(name, [*command, "--csv", str(out / f"{name}.csv")], minutes)
     overlap = [*bench, "overlap", "--ranks", "4", "--rows", "4096", "--max-ctas", "0", "4", "--growth", "1", "2", "4"]
     found["comm-overlap"] = _one("comm-overlap", [*overlap, "--csv", str(out / "comm-overlap.csv")], 2.5)
     layer = [*bench, "layer", "--ranks", "4", "--csv", str(out / "comm-layer.csv")]
     found["comm-layer"] = _one("comm-layer", layer, 3.0)
+    launches = [python, "benchmarks/bench_launch.py", "--csv", str(out / "launch.csv")]
+    found["bench-launch"] = _one("bench-launch", launches, 1.5)
     # What is less worth having, or needs no GPU.
     found["sanitizer-races"] = Part(
         {

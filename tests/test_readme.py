@@ -1,6 +1,7 @@
 """The README's figures are those of the result files. Tier: no device."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,3 +47,14 @@ def test_a_changed_figure_is_noticed(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["readme_table.py", "--check"])
     assert script.main() == 1
+
+
+def test_every_environment_variable_is_documented():
+    files = [p for folder in ("tp_kernels", "csrc") for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp")]
+    read = {
+        name for path in files for name in re.findall(r"\"(TP_KERNELS_[A-Z0-9_]+)\"", path.read_text(encoding="utf-8"))
+    }
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    documented = {name for path in documents for name in re.findall(r"TP_KERNELS_[A-Z0-9_]+", path.read_text("utf-8"))}
+    # Between the launcher and its ranks.
+    assert len(read) > 10 and read - documented == {"TP_KERNELS_ERROR_DIR", "TP_KERNELS_LAUNCHER_PID"}

@@ -244,6 +244,25 @@ def check_bad_arguments(group, label):
     comm.close()
 
 
+def recreated(group, label):
+    """Open files, threads and mapped segments of this process after 10 communicators, and after 100."""
+    found = []
+    for turn in range(1, 101):
+        comm = communicator(group, f"{label}{turn}")
+        same(comm.all_reduce(torch.ones(3)), torch.full((3,), float(group.world_size)))
+        comm.close()
+        if turn in (10, 100):
+            with open("/proc/self/maps") as file:
+                mapped = sum("/dev/shm" in line for line in file)
+            found.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), mapped))
+    return found
+
+
+def test_made_and_closed_a_hundred_times_without_growth(rank_pool):
+    for early, late in rank_pool(2).run(recreated, "again"):
+        assert late == early
+
+
 CHECKS = [check_all_reduce, check_movement, check_dims_and_sizes, check_non_contiguous, check_specials]
 CHECKS += [check_several_groups, check_random_sequence]
 

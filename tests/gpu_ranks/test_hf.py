@@ -12,6 +12,7 @@ pytestmark = pytest.mark.gpu
 NEW = 8
 OPTIONS = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None)
 IDS = torch.arange(3, 43).view(2, 20)
+FAMILIES = {"Llama": {}, "Mistral": {"sliding_window": 7}, "Qwen2": {}, "Qwen3": {}}
 
 
 def make(family, dtype, device):
@@ -26,6 +27,7 @@ def make(family, dtype, device):
         vocab_size=515,
         max_position_embeddings=64,
         pad_token_id=0,
+        **FAMILIES[family],
     )
     config._attn_implementation = "sdpa"
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -55,8 +57,8 @@ def patched(group, family):
     return logits.cpu(), norm.cpu(), tokens.cpu(), greedy.cpu(), sampled.cpu()
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_on_one_gpu_equal_transformers(gpu_ranks, world_size, family):
     device = "cuda"
     ids = IDS.to(device)
@@ -73,8 +75,8 @@ def test_ranks_on_one_gpu_equal_transformers(gpu_ranks, world_size, family):
     tokens = make(family, torch.float32, device).generate(ids, **OPTIONS).cpu()
     results = gpu_ranks(world_size).run(patched, family, timeout=150.0)
     for logits, gradient, generated, greedy, sampled in results:
-        # Partial sums are rounded to bf16 before they are summed, which one rank's matmul does not do: two roundings of
-        # numbers 1/sqrt(2) of the sum's size double the variance of its own rounding. So 2 * sqrt(2) = 2.8.
+        # Partial sums are rounded to bf16 before they are summed, which one rank's matmul does not do: n roundings of
+        # numbers 1/sqrt(n) of the sum's size double the variance of its own rounding. So 2 * sqrt(2) = 2.8.
         assert_close_to_reference(logits, theirs, exact, factor=3.0, name="logits")
         assert_close_to_reference(gradient, norm, exact_norm, factor=3.0, name="gradient of a norm")
         assert torch.equal(generated, tokens) and torch.equal(greedy, tokens[:, ids.shape[1] :])

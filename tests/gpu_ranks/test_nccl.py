@@ -363,10 +363,10 @@ def test_a_rank_that_never_arrives_is_named(gpu_ranks, world_size, asynchronous)
 def _one_dies(group, when):
     comm = nccl(group)
     x = data(comm.rank, 4_000_000)
-    if comm.rank == 1 and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if when == "after":
+        assert equal(comm.all_reduce(x), total(comm.world_size, 4_000_000))
     if comm.rank == 1:
-        comm.all_reduce_async(x)
+        _ = comm.all_reduce_async(x) if when == "during" else None
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     try:
@@ -378,7 +378,7 @@ def _one_dies(group, when):
     return type(error), error.ranks, time.monotonic() - started, str(error)
 
 
-@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("when", ["before", "during", "after"])
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_a_killed_rank_ends_the_wait_of_the_others(gpu_ranks, world_size, when):
     outcomes = gpu_ranks(world_size, backend="gloo").run_outcomes(_one_dies, when, timeout=90.0)

@@ -14,8 +14,8 @@ from tp_kernels.testing.tiny_models import TINY_MODELS, make_tiny_model
 transformers = pytest.importorskip("transformers")
 
 IDS = torch.arange(1, 25).view(2, 12)
-# One tied, one with biases everywhere, one with replicated KV heads at tp 2 and 3.
-NAMES = ("llama-9h3-tied-rope3", "llama-5h5-biased", "qwen3-4h1")
+# Tied; with biases everywhere; with replicated KV heads at tp 2 and 3; with windows.
+NAMES = ("llama-9h3-tied-rope3", "llama-5h5-biased", "qwen3-4h1", "mistral-6h2-window", "qwen2-6h2-tied-window")
 
 
 @pytest.fixture(scope="module")

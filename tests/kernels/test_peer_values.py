@@ -366,7 +366,7 @@ def test_a_rank_that_does_not_come_is_named_and_later_calls_return(algorithm):
     assert not out.any()
 
 
-def test_peer_check_finds_nothing_wrong_and_what_is_wrong():
+def test_peer_check_finds_nothing_wrong():
     pair = Pair()
     reports = [torch.full((3, 2), 9, dtype=torch.int32, device="cuda") for _ in range(2)]
 
@@ -380,10 +380,14 @@ def test_peer_check_finds_nothing_wrong_and_what_is_wrong():
         pair.run(lambda rank, nbytes=nbytes: check(rank, nbytes))
         pair.check()
         assert not any(report.any() for report in reports)
-    # A peer that has only raised its flags has neither stored, nor written what is loaded, nor added.
-    alone = Played(2, 0)
+
+
+@pytest.mark.sanitize
+def test_peer_check_finds_what_is_wrong():
+    """A peer that has only raised its flags has neither stored, nor written what is loaded, nor added."""
+    alone, report = Played(2, 0), torch.full((3, 2), 9, dtype=torch.int32, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
     tail = (4, NEVER, alone.errors[0].data_ptr(), stream)
-    native.cuda_peer_check(alone.data, alone.flags, 0, 2, alone.half, 4096, 1, reports[0].data_ptr(), *tail)
-    assert reports[0][:, 1].tolist() == [1024, 1024, 256]  # words, words, adds of one block
-    assert not reports[0][:, 0].any()
+    native.cuda_peer_check(alone.data, alone.flags, 0, 2, alone.half, 4096, 1, report.data_ptr(), *tail)
+    assert report[:, 1].tolist() == [1024, 1024, 256]  # words, words, adds of one block
+    assert not report[:, 0].any()

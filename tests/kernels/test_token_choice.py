@@ -23,6 +23,7 @@ def expected(logits):
     return torch.where(torch.isfinite(best), tokens, -1)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("words", [1, 97, 2048, 4099])
 def test_the_lowest_of_the_best(device, dtype, words):
     wide = logits_of(3, words + 3, dtype, device)
@@ -33,6 +34,7 @@ def test_the_lowest_of_the_best(device, dtype, words):
         assert torch.equal(ids, expected(logits).clamp(min=0))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("sizes", [(3000, 5), (40, 41, 39)])
 def test_offers_of_all_ranks_make_the_token(device, dtype, sizes):
     logits = logits_of(4, sum(sizes), dtype, device)
@@ -46,6 +48,7 @@ def test_offers_of_all_ranks_make_the_token(device, dtype, sizes):
     assert torch.equal(tokens, expected(logits)) and torch.equal(ids, tokens.clamp(min=0))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("width", [8, 1500])
 def test_words_of_others_are_zero(device, dtype, width):
     weight = torch.randn(6, width, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)

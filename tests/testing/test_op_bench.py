@@ -76,6 +76,32 @@ def test_real_shapes_have_configurations_that_fit(name):
     assert count
 
 
+def test_means_by_number_of_rows():
+    def rows(m, n, peer, own):
+        common = {"op": "linear", "case": f"{m} {n}", "dtype": "bfloat16", "sizes": f"m={m} n={n}", "verdict": "ok"}
+        return [{**common, "competitor": name, "us": us} for name, us in (("torch", peer), ("own:gemv", own))]
+
+    measured = [*rows(16, 8, 3.0, 2.0), *rows(1, 8, 4.0, 2.0), *rows(1, 16, 8.0, 1.0)]
+    found = {line["m"]: line["own_times_best_peer"] for line in report.summary_by_rows(measured)}
+    assert found == {1: 4.0, 16: 1.5} and list(found) == [1, 16]
+    assert report.summary_by_rows(rows(1, 8, 4.0, 2.0)) == []
+
+
+def test_what_launches_cost_can_be_measured(tmp_path, capfd):
+    import runpy
+    from pathlib import Path
+
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "bench_launch.py"))
+    words = ["--op", "rms_norm", "--model", "tiny", "--calls", "2", "--rounds", "1", "--csv"]
+    run = script["run_command_line"]
+    assert run(script["__doc__"], script["add_arguments"], script["run"], [*words, str(tmp_path / "l.csv")]) == 0
+    with open(tmp_path / "l.csv", newline="") as file:
+        found = {(row["op"], row["way"]): row["over_triton"] for row in csv.DictReader(file)}
+    ways = ("torch", "op", "own:triton", "triton:triton")
+    assert {*found} == {(op, way) for op in ("rms_norm", "add_rms_norm") for way in ways}
+    assert all((ratio != "") == way.startswith("own:") for (_, way), ratio in found.items())
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown op 'nonsense'; expected one of"):
         list(select_cases(Selection(ops=("nonsense",))))

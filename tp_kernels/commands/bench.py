@@ -16,6 +16,7 @@ EXAMPLES = """\
 examples:
   tp-kernels bench all-reduce
   tp-kernels bench ops --op rms_norm
+  tp-kernels bench model --model llama3-8b
 """
 
 _Add = Callable[[argparse.ArgumentParser], None]

@@ -90,6 +90,9 @@ def run_bench(args: argparse.Namespace) -> int:
         print(f"{skipped} cases left out: --minutes {args.minutes:g} were over")
     if not rows:
         raise ValueError("no case was selected")
+    for line in report.summary_by_rows(rows):
+        ratios = f"own {line['own_times_best_peer']}x, op {line['op_times_best_peer']}x of the best peer"
+        print(f"{line['op']:26} m={line['m']}: {ratios}, geometric mean of {line['cases']}")
     lines = report.summary(rows)
     print(f"\n{'op':26} cases  own/best peer (worst, wins)   op/best peer   wrong or failed")
     for line in lines:

@@ -10,7 +10,7 @@ from typing import Any
 from tp_kernels.testing.bench import load_pyplot
 from tp_kernels.testing.machine import machine_record
 
-__all__ = ["case_lines", "plot_ops", "summary"]
+__all__ = ["case_lines", "plot_ops", "summary", "summary_by_rows"]
 
 
 def case_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -56,6 +56,22 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+def summary_by_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The summary of each number of rows ``m`` apart, for ops that were measured at several."""
+    groups: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        sizes = dict(part.split("=") for part in row["sizes"].split())
+        if "m" in sizes:
+            groups.setdefault(row["op"], {}).setdefault(int(sizes["m"]), []).append(row)
+    return [
+        {"m": m} | line
+        for by_rows in groups.values()
+        if len(by_rows) > 1
+        for m, of_rows in sorted(by_rows.items())
+        for line in summary(of_rows)
+    ]
 
 
 def _ours(competitor: str) -> bool:
