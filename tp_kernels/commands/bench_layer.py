@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 from tp_kernels import one_gpu
-from tp_kernels.testing.bench import Timing, interleaved, run_command_line, write_csv
+from tp_kernels.testing.bench import Timing, interleaved, run_command_line
+from tp_kernels.testing.rank_bench import captured, keep_rows, measure_on_ranks, time_graphs
 
 __all__ = ["Case", "Options", "add_arguments", "cases", "layer_rows", "main", "measure", "run"]
 
@@ -59,6 +61,7 @@ class Options:
     rounds: int = 10
     nccl: bool = True
     device: str = "cuda"
+    csv: str | None = None
 
 
 class Case(NamedTuple):
@@ -96,20 +99,17 @@ def _options(args: argparse.Namespace) -> Options:
     if args.ranks < 2 or min(args.tokens, *args.context, args.layers, args.rounds) < 1:
         raise ValueError("--ranks must be at least 2, --tokens, --context, --layers and --rounds at least 1")
     taken = ("model", "what", "tokens", "context", "layers", "dtype", "rounds", "device")
-    return Options(nccl=not args.no_nccl, **{name: getattr(args, name) for name in taken})
+    csv = os.path.abspath(args.csv) if args.csv else None
+    return Options(nccl=not args.no_nccl, csv=csv, **{name: getattr(args, name) for name in taken})
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark with parsed options; 0, or 1 if a result was wrong. ValueError for options that do not fit."""
-    from tp_kernels.testing.rank_bench import measure_on_ranks
-
     options = _options(args)
     instead = "`--device cpu` tries the benchmark out on CPU ranks"
     rows = measure_on_ranks(measure, options, ranks=args.ranks, device=options.device, no_gpu=instead)
     if rows is None:
         return 0
-    if args.csv:
-        write_csv(args.csv, rows)
     return 1 if any(row["wrong"] for row in rows) else 0
 
 
@@ -223,6 +223,7 @@ def _measure(group, groups: Mapping[str, Any], symm, options: Options) -> list[d
             ways = {name: partial(of_input, x) for name, of_input in passes.items()}
             timed = _time(group, symm, ways, case, options)
             rows += layer_rows(_common(group, options, case), timed, wrong, options.layers)
+            keep_rows(group, options.csv, rows)
             if group.rank == 0:
                 _print(rows[-len(timed) :])
     return rows
@@ -374,8 +375,6 @@ def _alone(options: Options, case: Case, norm, inputs: Sequence[Any], dtype):
 def _time(group, symm, ways: Mapping[str, Callable], case: Case, options: Options) -> dict[str, Timing]:
     """Seconds of a pass by way, each round as long as its slowest rank."""
     import torch
-
-    from tp_kernels.testing.rank_bench import captured, time_graphs
 
     if options.device == "cuda":
         graphs = {}

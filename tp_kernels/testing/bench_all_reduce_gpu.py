@@ -23,13 +23,15 @@ Ranks that share a GPU share its memory too: such figures compare two paths, and
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tp_kernels import one_gpu
-from tp_kernels.testing.bench import Timing, bytes_argument, format_bytes, run_command_line, sizes_between, write_csv
+from tp_kernels.testing.bench import Timing, bytes_argument, format_bytes, run_command_line, sizes_between
+from tp_kernels.testing.rank_bench import captured, keep_rows, measure_on_ranks, time_graphs
 
 __all__ = ["Options", "add_arguments", "calls_for", "main", "measure", "norm_row", "run", "sum_rows"]
 
@@ -50,6 +52,7 @@ class Options:
     dtype: str = "bfloat16"
     rounds: int = 10
     nccl: bool = True
+    csv: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,21 +82,18 @@ def _options(args: argparse.Namespace) -> Options:
     sizes = sizes_between(args.min_bytes, args.max_bytes, args.factor)
     if sizes[0] < 16:
         raise ValueError(f"--min-bytes must be at least 16, got {sizes[0]}")
-    return Options(sizes, args.hidden, args.tokens, args.what, args.dtype, args.rounds, not args.no_nccl)
+    csv = os.path.abspath(args.csv) if args.csv else None
+    return Options(sizes, args.hidden, args.tokens, args.what, args.dtype, args.rounds, not args.no_nccl, csv)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark with parsed options; 0, or 1 if a result was wrong. ValueError for options that do not fit."""
-    from tp_kernels.testing.rank_bench import measure_on_ranks
-
     options = _options(args)
     rows = measure_on_ranks(
         measure, options, ranks=args.ranks, no_gpu="`tp-kernels bench all-reduce` measures CPU ranks"
     )
     if rows is None:
         return 0
-    if args.csv:
-        write_csv(args.csv, rows)
     return 1 if any(row["wrong"] for row in rows) else 0
 
 
@@ -130,10 +130,12 @@ def measure(group, options: Options) -> list[dict[str, Any]]:
         if "sums" in options.what:
             for size in options.sizes:
                 rows += bench.sums(size)
+                keep_rows(group, options.csv, rows)
         if "norms" in options.what:
             for hidden in options.hidden:
                 for tokens in options.tokens:
                     rows += bench.norms(tokens, hidden)
+                    keep_rows(group, options.csv, rows)
         symm.check()
     finally:
         torch.cuda.synchronize()
@@ -259,8 +261,6 @@ class _Bench:
         return int(self.group.all_reduce(count))
 
     def _time(self, ways: Mapping[str, Callable[[], Any]], calls: int) -> dict[str, Timing]:
-        from tp_kernels.testing.rank_bench import captured, time_graphs
-
         graphs = {name: captured(function, calls) for name, function in ways.items()}
         return time_graphs(self.group, self.symm, graphs, calls, self.options.rounds)
 

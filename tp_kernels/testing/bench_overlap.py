@@ -21,6 +21,7 @@ works, not what it brings on GPUs that are linked.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tp_kernels import one_gpu
-from tp_kernels.testing.bench import Timing, interleaved, run_command_line, write_csv
+from tp_kernels.testing.bench import Timing, interleaved, run_command_line
+from tp_kernels.testing.rank_bench import keep_rows, measure_on_ranks
 
 __all__ = ["Options", "add_arguments", "candidates", "entries", "main", "measure", "run"]
 
@@ -50,6 +52,7 @@ class Options:
     dtype: str = "bfloat16"
     rounds: int = 10
     graph: bool = False
+    csv: str | None = None
 
 
 class Candidate(NamedTuple):
@@ -93,13 +96,11 @@ def _options(args: argparse.Namespace) -> Options:
         raise ValueError(f"--max-ctas must be from 0 to 64, got {list(args.max_ctas)}")
     shapes = [SHAPES[name] for name in args.layers]
     taken = {name: getattr(args, name) for name in ("rows", "chunks", "growth", "max_ctas", "dtype", "rounds", "graph")}
-    return Options(shapes=shapes, **taken)
+    return Options(shapes=shapes, csv=os.path.abspath(args.csv) if args.csv else None, **taken)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark with parsed options; 0, or 1 if overlap changed a result. ValueError for bad options."""
-    from tp_kernels.testing.rank_bench import measure_on_ranks
-
     options = _options(args)
     rows = measure_on_ranks(
         measure_on_gpu,
@@ -109,8 +110,6 @@ def run(args: argparse.Namespace) -> int:
     )
     if rows is None:
         return 0
-    if args.csv:
-        write_csv(args.csv, rows)
     if args.tune is not None:
         _write_table(rows, options, args.tune)
     return 1 if any(row["wrong"] for row in rows) else 0
@@ -168,6 +167,7 @@ def measure(group, groups: Mapping[int, Any], options: Options, device: str) -> 
                 rows.append(row)
                 if group.rank == 0:
                     _print_row(row, first=len(rows) == 1)
+            keep_rows(group, options.csv, rows)
     return rows
 
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tp_kernels.testing.bench import Timing
+from tp_kernels.testing.bench import Timing, write_csv
 
-__all__ = ["captured", "measure_on_ranks", "time_graphs", "time_turns"]
+__all__ = ["captured", "keep_rows", "measure_on_ranks", "time_graphs", "time_turns"]
 
 _LIMIT_S = 3600.0
 # Of a collective between hosts: ranks compile the same kernels, but not at the same time.
@@ -58,6 +58,12 @@ def measure_on_ranks(
         pool = shared(ranks, backend=backend, group_timeout=_GROUP_TIMEOUT_S)
         print(f"# {shared.shared_gpu.describe(ranks)}", flush=True)
         return pool.run(measure, options, timeout=_LIMIT_S)[0]
+
+
+def keep_rows(group, csv: str | None, rows: list[dict[str, Any]]) -> None:
+    """Rank 0 writes what there is so far, after each case: a run may be ended before its last. None writes nothing."""
+    if csv and group.rank == 0:
+        write_csv(csv, rows)
 
 
 def captured(function: Callable[[], Any], calls: int = 1):
