@@ -1,10 +1,12 @@
 """GPU kernels on whatever is here: the GPU, or Triton's interpreter on CPU tensors that stand in for an H100's."""
 
+import json
+
 import pytest
 import torch
 
 from tp_kernels.ops import tuning
-from tp_kernels.ops._gpu import A100, H100, pretend
+from tp_kernels.ops._gpu import A100, H100, gpu_of, pretend
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -67,3 +69,23 @@ def dtype(request):
 def generator(device):
     """Random numbers on the device, the same in every run."""
     return torch.Generator(device=device).manual_seed(1234)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path, device):
+    """``measured(op, path, sizes, config)``: make that the measured choice for this GPU and 16-bit operands."""
+    rows = {}
+
+    def write(op, path, sizes, config):
+        row = {"dtype": "16bit", "sizes": sizes, "path": path, "config": config, "us": {path: 3.0, "other": 4.0}}
+        rows.setdefault(op, []).append(row)
+        info = gpu_of(torch.empty(0, device=device))
+        content = {"gpu": info.name, "measured": "2026-01-01", "versions": {}, "ops": rows}
+        (tmp_path / f"{info.slug}.json").write_text(json.dumps(content))
+        tuning.forget_tables()
+
+    monkeypatch.setenv("TP_KERNELS_TUNING_DIR", str(tmp_path))
+    tuning.forget_tables()
+    yield write
+    monkeypatch.undo()
+    tuning.forget_tables()

@@ -3,8 +3,6 @@
 Tiers: no device (Triton's interpreter; choices), GPU (graphs, the default compiler).
 """
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,24 +33,13 @@ def doubles(*tensors):
 
 
 @pytest.fixture
-def table(monkeypatch, tmp_path, device):
+def table(measured):
     """``table(op, path, m, n, k, **config)``: make that the measured choice for this GPU."""
-    rows = {}
 
     def write(op, path, m, n, k, **config):
-        sizes, us = {"m": m, "n": n, "k": k}, {path: 3.0, "other": 4.0}
-        row = {"dtype": "16bit", "sizes": sizes, "path": path, "config": config, "us": us}
-        rows.setdefault(op, []).append(row)
-        info = gpu_of(torch.empty(0, device=device))
-        content = {"gpu": info.name, "measured": "2026-01-01", "versions": {}, "ops": rows}
-        (tmp_path / f"{info.slug}.json").write_text(json.dumps(content))
-        tuning.forget_tables()
+        measured(op, path, {"m": m, "n": n, "k": k}, config)
 
-    monkeypatch.setenv("TP_KERNELS_TUNING_DIR", str(tmp_path))
-    tuning.forget_tables()
-    yield write
-    monkeypatch.undo()
-    tuning.forget_tables()
+    return write
 
 
 SMALL = Config(64, 64, num_warps=4)._asdict()

@@ -3,13 +3,11 @@
 Tiers: no device (Triton's interpreter, fp32 and fp16; choices), GPU (bf16, model shapes, CUDA graphs).
 """
 
-import json
-
 import pytest
 import torch
 
 from tp_kernels import ops
-from tp_kernels.ops import norm_linear_reference, norm_swiglu_linear_reference, tuning
+from tp_kernels.ops import norm_linear_reference, norm_swiglu_linear_reference
 from tp_kernels.ops._gpu import gpu_of
 from tp_kernels.ops.kernels import gemv as gemv_kernels
 from tp_kernels.ops.kernels.gemv import Config, gemv
@@ -92,23 +90,13 @@ def test_bad_norm_weights(generator):
 
 
 @pytest.fixture
-def table(monkeypatch, tmp_path, device):
+def table(measured):
     """``table(op, path, m, n, k, kind, **config)``: make that the measured choice for this GPU."""
-    rows = {}
 
     def write(op, path, m, n, k, kind=None, **config):
-        sizes, us = {"m": m, "n": n, "k": k, "weight": WEIGHT_PROPERTY[kind]}, {path: 3.0, "other": 4.0}
-        rows.setdefault(op, []).append({"dtype": "16bit", "sizes": sizes, "path": path, "config": config, "us": us})
-        info = gpu_of(torch.empty(0, device=device))
-        content = {"gpu": info.name, "measured": "2026-01-01", "versions": {}, "ops": rows}
-        (tmp_path / f"{info.slug}.json").write_text(json.dumps(content))
-        tuning.forget_tables()
+        measured(op, path, {"m": m, "n": n, "k": k, "weight": WEIGHT_PROPERTY[kind]}, config)
 
-    monkeypatch.setenv("TP_KERNELS_TUNING_DIR", str(tmp_path))
-    tuning.forget_tables()
-    yield write
-    monkeypatch.undo()
-    tuning.forget_tables()
+    return write
 
 
 def explain(given, op="norm_linear"):

@@ -4,8 +4,6 @@ Tiers: no device (Triton's interpreter, fp32 and fp16; choices), GPU (bf16, mode
 themselves, and the CPU, are in ``tests/ops/test_quantize.py``.
 """
 
-import json
-
 import pytest
 import torch
 
@@ -13,8 +11,8 @@ from tp_kernels import ops
 from tp_kernels.comm.communicator import LocalCommunicator
 from tp_kernels.comm.tp_group import TPGroup
 from tp_kernels.layers import RowParallelLinear
-from tp_kernels.ops import linear_reference, swiglu_linear_reference, tuning
-from tp_kernels.ops._gpu import A100, H100, GpuInfo, gpu_of, pretend
+from tp_kernels.ops import linear_reference, swiglu_linear_reference
+from tp_kernels.ops._gpu import A100, H100, GpuInfo, pretend
 from tp_kernels.ops.kernels import gemv as gemv_kernels
 from tp_kernels.ops.kernels import skinny as skinny_kernels
 from tp_kernels.ops.kernels.dequantize import dequantize
@@ -155,23 +153,13 @@ def test_dequantize(generator, dtype, kind):
 
 
 @pytest.fixture
-def table(monkeypatch, tmp_path, device):
+def table(measured):
     """``table(op, path, m, n, k, fp8, **config)``: make that the measured choice for this GPU."""
-    rows = {}
 
     def write(op, path, m, n, k, fp8=0, **config):
-        row = {"dtype": "16bit", "sizes": {"m": m, "n": n, "k": k, "fp8": fp8}, "path": path, "config": config}
-        rows.setdefault(op, []).append(row | {"us": {path: 3.0, "other": 4.0}})
-        info = gpu_of(torch.empty(0, device=device))
-        content = {"gpu": info.name, "measured": "2026-01-01", "versions": {}, "ops": rows}
-        (tmp_path / f"{info.slug}.json").write_text(json.dumps(content))
-        tuning.forget_tables()
+        measured(op, path, {"m": m, "n": n, "k": k, "fp8": fp8}, config)
 
-    monkeypatch.setenv("TP_KERNELS_TUNING_DIR", str(tmp_path))
-    tuning.forget_tables()
-    yield write
-    monkeypatch.undo()
-    tuning.forget_tables()
+    return write
 
 
 def explain(x, weight, bias, residual, scale):

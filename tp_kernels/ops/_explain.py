@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from tp_kernels.ops.decode_attention import choose_decode_attention, native_deco
 from tp_kernels.ops.flash_attention import choose_flash_attention, choose_flash_attention_varlen
 from tp_kernels.ops.linear import native_linear_reason
 from tp_kernels.ops.norm import choose_add_rms_norm, choose_rms_norm, native_norm_reason
-from tp_kernels.ops.norm_linear import choose_norm_linear, choose_norm_swiglu_linear, native_norm_linear_reason
+from tp_kernels.ops.norm_linear import choose_norm_linear, native_norm_linear_reason
 from tp_kernels.ops.qkv import choose_qkv_rope_cache, native_qkv_reason
 from tp_kernels.ops.rope import choose_apply_rope
 from tp_kernels.ops.swiglu import choose_silu_mul, native_silu_mul_reason
@@ -86,7 +87,7 @@ _ON_CPU: dict[str, Callable[..., str | None]] = {
 _ON_GPU: dict[str, Callable[..., Choice]] = {
     "linear": _choose_linear,
     "norm_linear": choose_norm_linear,
-    "norm_swiglu_linear": choose_norm_swiglu_linear,
+    "norm_swiglu_linear": partial(choose_norm_linear, gated=True),
     "swiglu_linear": _choose_swiglu_linear,
     "silu_mul": choose_silu_mul,
     "rms_norm": choose_rms_norm,

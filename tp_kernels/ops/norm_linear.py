@@ -33,7 +33,6 @@ from tp_kernels.ops.tuning import Choice, Plan, cached_decision, configuration, 
 __all__ = [
     "WEIGHT_PROPERTY",
     "choose_norm_linear",
-    "choose_norm_swiglu_linear",
     "native_norm_linear_reason",
     "norm_linear",
     "norm_linear_reference",
@@ -194,26 +193,12 @@ def choose_norm_linear(
     bias: Tensor | None = None,
     *,
     weight_scale: Tensor | None = None,
+    gated: bool = False,
 ) -> Choice:
-    """Which GPU path ``norm_linear`` takes for these arguments, and why: "gemv" or "separate"."""
+    """Which GPU path ``norm_linear``, or ``norm_swiglu_linear`` (``gated``), takes and why: "gemv" or "separate"."""
     if needs_grad(x, norm_weight, weight, bias):
         return Choice("separate", "a gradient is needed")
-    return _decide(x, norm_weight, weight, bias, weight_scale, False).choice()
-
-
-def choose_norm_swiglu_linear(
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    w_gate_up: Tensor,
-    bias: Tensor | None = None,
-    *,
-    weight_scale: Tensor | None = None,
-) -> Choice:
-    """Which GPU path ``norm_swiglu_linear`` takes for these arguments, and why: "gemv" or "separate"."""
-    if needs_grad(x, norm_weight, w_gate_up, bias):
-        return Choice("separate", "a gradient is needed")
-    return _decide(x, norm_weight, w_gate_up, bias, weight_scale, True).choice()
+    return _decide(x, norm_weight, weight, bias, weight_scale, gated).choice()
 
 
 def native_norm_linear_reason(
