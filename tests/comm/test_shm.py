@@ -237,6 +237,8 @@ def check_bad_arguments(group, label):
     for call in bad:
         with pytest.raises(ValueError):
             call()
+    with pytest.raises(ValueError, match=r"CPU tensors, got one on meta; .*device='cuda'"):
+        comm.all_reduce(torch.zeros(4, device="meta"))
     buffer = torch.zeros(8)
     with pytest.raises(ValueError, match="overlaps"):
         comm.all_reduce(buffer[:4], out=buffer[2:6])

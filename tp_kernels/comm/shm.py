@@ -304,4 +304,7 @@ def _check_tensor(x: torch.Tensor, operation: str) -> None:
     if x.dtype not in _CODES:
         raise ValueError(f"{operation}: unsupported dtype {x.dtype}; expected one of {', '.join(DTYPE_CODES)}")
     if not x.is_cpu:
-        raise ValueError(f"{operation}: shared memory carries CPU tensors, got one on {x.device}")
+        raise ValueError(
+            f"{operation}: shared memory carries CPU tensors, got one on {x.device}; "
+            "tp_kernels.init(device='cuda') makes groups for tensors on GPUs"
+        )
