@@ -25,8 +25,8 @@ from tp_kernels.comm.overlap import (
 )
 from tp_kernels.ops import tuning
 from tp_kernels.ops._gpu import A100, H100, pretend
+from tp_kernels.ops._overlap_choice import overlap_sizes, overlap_table, planned_chunks, tables_fingerprint
 from tp_kernels.ops.kernels import matmul
-from tp_kernels.ops.linear_all_reduce import overlap_sizes, overlap_table, planned_chunks
 from tp_kernels.testing import bench_overlap
 from tp_kernels.testing.delayed import DelayedCommunicator, PrematureUseError
 
@@ -139,7 +139,7 @@ def choose(communicator, m=4096, info=H100, **options):
     options = {"in_features": 256, "overlap": "auto", **options}
     with pretend(info):
         if agreed(communicator) is None:  # meta tensors hold no numbers to compare
-            here = tuning.fingerprint(overlap_table("local"), info)
+            here = tables_fingerprint("local", info)
             agree(communicator, info.num_sms, here, torch.device("cpu"))
         return ops.choose_linear_all_reduce(x, weight, group=TPGroup(communicator), **options)
 

@@ -11,7 +11,7 @@ from tp_kernels import ops
 from tp_kernels.comm import Handle, TPGroup
 from tp_kernels.layers import ColumnParallelLinear, ParallelMLP, RowParallelLinear
 from tp_kernels.ops._gpu import gpu_of
-from tp_kernels.ops.linear_all_reduce import planned_chunks
+from tp_kernels.ops._overlap_choice import planned_chunks
 from tp_kernels.testing.nccl_group import nccl_group
 
 pytestmark = pytest.mark.gpu

@@ -29,40 +29,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tp_kernels import one_gpu
 from tp_kernels.comm.communicator import Communicator, started_collectives
 from tp_kernels.comm.functional import copy_to_tensor_parallel, reduce_from_tensor_parallel
-from tp_kernels.comm.overlap import (
-    SMALLEST_CHUNK,
-    Agreement,
-    agree,
-    agreed,
-    chunk_bounds,
-    offers_overlap,
-    worth_overlapping,
-)
 from tp_kernels.comm.process_group import resolve_group
 from tp_kernels.comm.tp_group import TPGroup
-from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, on_gpu, under_autocast
+from tp_kernels.ops._gpu import autocast_dtype, gpu_of, on_gpu, under_autocast
 from tp_kernels.ops._gpu_linear import matmul_by_rows
 from tp_kernels.ops._library import PLAIN_TYPES, needs_grad, watched
+from tp_kernels.ops._overlap_choice import agreement, choose_overlap, planned_chunks
 from tp_kernels.ops.linear import check_linear, linear
 from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_by_rows, add_rms_norm_reference
-from tp_kernels.ops.tuning import Choice, cached_decision, fingerprint, lookup
+from tp_kernels.ops.tuning import Choice
 
 __all__ = [
     "OVERLAPS",
     "choose_linear_all_reduce",
     "linear_all_reduce",
     "linear_all_reduce_reference",
-    "overlap_table",
-    "planned_chunks",
 ]
 
 OVERLAPS = ("auto", "none", "chunked")
-# More chunks than this were never of use to anyone who published figures: every one costs a launch and a shorter
-# message, and from the fourth on there is little left to hide.
-DEFAULT_CHUNKS = 4
+OP = "linear_all_reduce"
 _PIECES = list[tuple[int, int]]
 
 
@@ -99,104 +86,12 @@ def _check(
 # The schedule --------------------------------------------------------------------------------------------------------
 
 
-def overlap_table(backend: str) -> str:
-    """Name of the tuning table's section for a kind of communicator."""
-    return f"linear_all_reduce.{backend}"
-
-
-def overlap_sizes(m: int, n: int, in_features: int, communicator: Communicator) -> dict[str, int]:
-    """Sizes of an entry of that section. Those below 0 must be equal: they change what communication costs."""
-    return {
-        "m": m,
-        "n": n,
-        "in_features": in_features,
-        "ranks": -communicator.world_size,
-        "ranks_per_gpu": -one_gpu.ranks_on_this_gpu(),
-        "max_ctas": -int(getattr(communicator, "max_ctas", None) or 0),
-    }
-
-
-@cached_decision
-def _measured(op: str, info: GpuInfo, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> Choice:
-    entry = lookup(op, info, dtype, **dict(sizes))
-    if entry is None:
-        return Choice("none", f"not measured on {info.name} with these ranks; overlap may be slower than none")
-    pays, reason = worth_overlapping(entry.path, entry.us)
-    reason = f"{reason} ({entry.source})"
-    return Choice("chunked", reason, dict(entry.config)) if pays else Choice("none", reason)
-
-
-def _tile(info: GpuInfo, dtype: torch.dtype) -> tuple[int, int]:
-    """The tile that cuBLAS most likely takes for a large GEMM; an assumption about speed, not about results."""
-    if dtype.itemsize > 2:
-        return 128, 128
-    return (128, 256) if info.has_tma else (128, 128)
-
-
-def planned_chunks(
-    m: int,
-    n: int,
-    dtype: torch.dtype,
-    info: GpuInfo | None,
-    num_sms: int,
-    chunks: int,
-    growth: float = 1.0,
-    alike: bool = True,
-) -> _PIECES:
-    """Rows of every chunk: ``chunk_bounds`` with a tile of the GPU; on a CPU (``info`` None) a row is a wave.
-
-    Without ``alike`` the ranks' GPUs may differ, and must not decide.
-    """
-    tile_m, tile_n = (1, max(n, 1)) if info is None else _tile(info, dtype) if alike else (128, 128)
-    return chunk_bounds(m, n, num_sms, tile_m, tile_n, chunks, growth)
-
-
-def _agreement(communicator: Communicator, x: Tensor) -> Agreement | None:
-    """What the ranks agreed on; None where they have not yet, and cannot now because a graph is being captured."""
-    found = agreed(communicator)
-    if found is not None:
-        return found
-    if not on_gpu(x):
-        return agree(communicator, 1, 0, x.device)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    info = gpu_of(x)
-    return agree(communicator, info.num_sms, fingerprint(overlap_table(communicator.backend), info), x.device)
-
-
 def choose_linear_all_reduce(
     x: Tensor, weight: Tensor, *, group: Any = None, overlap: str = "auto", in_features: int | None = None
 ) -> Choice:
     """What ``linear_all_reduce`` does for these arguments: "chunked" or "none", and why. A collective at first."""
     group = resolve_group(group)
-    communicator = group.communicator
-    if overlap == "none" or communicator.world_size == 1:
-        return Choice("none", "requested" if overlap == "none" else "one rank has nobody to talk to")
-    if overlap == "chunked":
-        if _agreement(communicator, x) is None:
-            raise ValueError(
-                'the first call with overlap="chunked" compares the ranks\' multiprocessors, which cannot be captured '
-                "in a CUDA graph: call once before the capture"
-            )
-        return Choice("chunked", "requested", {"chunks": DEFAULT_CHUNKS})
-    if not offers_overlap(group):
-        return Choice("none", f"the {communicator.backend} communicator does not work beside the caller's stream")
-    if not on_gpu(x):
-        return Choice("none", f"the tensors are on {x.device.type}, where every core computes")
-    if watched() or type(weight) not in PLAIN_TYPES:
-        return Choice("none", "traced code" if watched() else f"the weight is a {type(weight).__name__}")
-    m, n = x.numel() // max(1, x.shape[-1]), weight.shape[0]
-    if m <= SMALLEST_CHUNK:
-        return Choice("none", f"{m} rows are a single row of tiles")
-    if in_features is None:
-        return Choice("none", "in_features is not given, and a rank's own share does not tell the others'")
-    found = _agreement(communicator, x)
-    if found is None:
-        return Choice("none", "the ranks have not compared their tables, and a CUDA graph is being captured")
-    if not found.same_tables:
-        return Choice("none", "the ranks' GPUs or tuning tables differ")
-    sizes = tuple(overlap_sizes(m, n, in_features, communicator).items())
-    return _measured(overlap_table(communicator.backend), gpu_of(x), autocast_dtype(x) or x.dtype, sizes)
+    return choose_overlap(OP, x, weight, group, overlap, x.numel() // max(1, x.shape[-1]), weight.shape[0], in_features)
 
 
 def _schedule(
@@ -217,7 +112,7 @@ def _schedule(
     wanted = chunks or int(choice.config.get("chunks", 1))
     if wanted == 1 or m == 0:
         return [(0, m)] if m else [], False
-    found = _agreement(group.communicator, x)
+    found = agreement(group.communicator, x)
     if found is None:
         raise ValueError("the first call with chunks= cannot be captured in a CUDA graph: call once before the capture")
     info, dtype = gpu_of(x) if on_gpu(x) else None, autocast_dtype(x) or x.dtype

@@ -140,7 +140,7 @@ def measure_on_gpu(group, options: Options) -> list[dict[str, Any]]:
 
 def candidates(m: int, n: int, dtype, info, num_sms: int, options: Options) -> list[Candidate]:
     """The different schedules that the options make of a shape, those with one chunk left out."""
-    from tp_kernels.ops.linear_all_reduce import planned_chunks
+    from tp_kernels.ops._overlap_choice import planned_chunks
 
     found: dict[tuple[int, ...], Candidate] = {}
     for chunks in options.chunks:
@@ -335,7 +335,7 @@ def _write_table(rows: Sequence[Mapping[str, Any]], options: Options, path: str)
     import torch
 
     from tp_kernels.ops._gpu import GpuInfo
-    from tp_kernels.ops.linear_all_reduce import overlap_table
+    from tp_kernels.ops._overlap_choice import overlap_table
     from tp_kernels.ops.tuning import user_table
     from tp_kernels.testing.op_bench.tuner import Table
 
