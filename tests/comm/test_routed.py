@@ -231,6 +231,15 @@ def test_overlap_is_offered_where_it_keeps_the_bits():
     assert routed(numerics="any").overlap_modes == ()
 
 
+def test_a_matmul_is_fused_where_peer_memory_may_carry_sums(monkeypatch):
+    monkeypatch.setattr(Peer, "overlap_modes", ("fused",))
+    assert routed().overlap_modes == routed(numerics="any").overlap_modes == ("fused",)
+    library = routed(numerics="nccl")
+    assert library.overlap_modes == ("chunked",) and library.max_ctas == 8
+    with pytest.raises(BackendUnavailableError, match=r"needs peer memory and Triton .* numerics='nccl'"):
+        library.linear_all_reduce(torch.ones(2, 3), torch.ones(4, 3))
+
+
 def test_what_nothing_takes_is_an_error():
     group = routed(("nccl", "gloo"), numerics="nccl")
     with pytest.raises(

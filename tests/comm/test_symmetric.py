@@ -43,6 +43,12 @@ def test_offsets_of_the_flags_are_those_of_the_kernels(tmp_path):
         "sizeof(BlockState)": sizes.STATE_BYTES,
         "offsetof(BlockState, calls)": 0,
         "offsetof(Flags, failed)": sizes.FAILED_OFFSET,
+        "kMaxRowBlocks": sizes.MAX_ROW_BLOCKS,
+        "offsetof(Flags, linear.arrived)": sizes.ARRIVED_OFFSET,
+        "offsetof(Flags, linear.finished)": sizes.FINISHED_OFFSET,
+        "offsetof(Flags, linear.multiplied)": sizes.MULTIPLIED_OFFSET,
+        "offsetof(Flags, linear.reduced)": sizes.REDUCED_OFFSET,
+        "offsetof(Flags, linear.taken)": sizes.TAKEN_OFFSET,
         **{f"offsetof(ErrorRecord, {name})": getattr(ErrorRecord, name).offset for name, _ in ErrorRecord._fields_},
         "signal_value(5, 1)": 5 * 4 + 1 + 1,  # as the Triton kernels have it
         "half_of(3)": 1,

@@ -21,7 +21,7 @@ SHAPES = ((1, 4096), (3, 4096), (5, 1001), (2, 24), (33, 8192), (300, 1024), (70
 
 
 def run(gpu_ranks, world_size, function, *args):
-    return gpu_ranks(world_size, backend="gloo").run(within, function.__name__, uuid.uuid4().hex, args, timeout=150.0)
+    return gpu_ranks(world_size, backend="gloo").run(within, function.__name__, uuid.uuid4().hex, args, timeout=90.0)
 
 
 def within(group, name, tag, args):

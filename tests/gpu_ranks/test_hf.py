@@ -57,8 +57,7 @@ def patched(group, family):
     return logits.cpu(), norm.cpu(), tokens.cpu(), greedy.cpu(), sampled.cpu()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("world_size", "family"), [*((2, family) for family in FAMILIES), (3, "Llama"), (3, "Qwen3")])
 def test_ranks_on_one_gpu_equal_transformers(gpu_ranks, world_size, family):
     device = "cuda"
     ids = IDS.to(device)
@@ -73,7 +72,7 @@ def test_ranks_on_one_gpu_equal_transformers(gpu_ranks, world_size, family):
     exact = output.logits.detach().cpu()
     exact_norm = exact_model.model.layers[0].input_layernorm.weight.grad.cpu()
     tokens = make(family, torch.float32, device).generate(ids, **OPTIONS).cpu()
-    results = gpu_ranks(world_size).run(patched, family, timeout=150.0)
+    results = gpu_ranks(world_size).run(patched, family, timeout=120.0)
     for logits, gradient, generated, greedy, sampled in results:
         # Partial sums are rounded to bf16 before they are summed, which one rank's matmul does not do: n roundings of
         # numbers 1/sqrt(n) of the sum's size double the variance of its own rounding. So 2 * sqrt(2) = 2.8.

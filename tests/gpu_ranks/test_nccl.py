@@ -29,7 +29,7 @@ INTEGERS = (torch.int32, torch.int64, torch.int8, torch.uint8)
 CYCLES = 100_000_000  # some 50 ms
 
 
-def run(gpu_ranks, world_size, function, *args, timeout=120.0):
+def run(gpu_ranks, world_size, function, *args, timeout=75.0):
     return gpu_ranks(world_size, backend="gloo").run(function, *args, timeout=timeout)
 
 
@@ -116,8 +116,9 @@ def _every_collective(group, options):
     return calls
 
 
-@pytest.mark.parametrize("options", [{}, {"blocking": True}, {"max_ctas": 2}], ids=str)
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(
+    ("world_size", "options"), [(2, {}), (4, {}), (2, {"blocking": True}), (2, {"max_ctas": 2})], ids=str
+)
 def test_every_collective_is_exact(gpu_ranks, world_size, options):
     assert min(run(gpu_ranks, world_size, _every_collective, options)) > 100
 
@@ -259,8 +260,7 @@ def _graphs(group, options):
     return True
 
 
-@pytest.mark.parametrize("options", [{}, {"blocking": True}], ids=str)
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(("world_size", "options"), [(2, {}), (4, {}), (2, {"blocking": True})], ids=str)
 def test_graphs_with_odd_and_even_numbers_of_calls(gpu_ranks, world_size, options):
     assert all(run(gpu_ranks, world_size, _graphs, options))
 
@@ -277,9 +277,8 @@ def _two_groups(group):
     return True
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_two_groups_at_once(gpu_ranks, world_size):
-    assert all(run(gpu_ranks, world_size, _two_groups))
+def test_two_groups_at_once(gpu_ranks):
+    assert all(run(gpu_ranks, 2, _two_groups))
 
 
 # --- registered memory -----------------------------------------------------------------------------------------------
@@ -321,9 +320,8 @@ def _registered(group):
     return state
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_registered_memory_gives_the_same_sums(gpu_ranks, world_size):
-    states = run(gpu_ranks, world_size, _registered)
+def test_registered_memory_gives_the_same_sums(gpu_ranks):
+    states = run(gpu_ranks, 2, _registered)
     assert len({"buffer: none" in state for state in states}) == 1, states
 
 
@@ -349,8 +347,7 @@ def _one_never_calls(group, asynchronous):
     return type(error), error.ranks, error.operation, took, str(error)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(("world_size", "asynchronous"), [(2, False), (2, True), (4, True)])
 def test_a_rank_that_never_arrives_is_named(gpu_ranks, world_size, asynchronous):
     results = run(gpu_ranks, world_size, _one_never_calls, asynchronous)
     for rank, result in enumerate(results):
@@ -378,10 +375,10 @@ def _one_dies(group, when):
     return type(error), error.ranks, time.monotonic() - started, str(error)
 
 
-@pytest.mark.parametrize("when", ["before", "during", "after"])
-@pytest.mark.parametrize("world_size", WORLDS)
+# Each ends with new ranks and a new daemon for them.
+@pytest.mark.parametrize(("world_size", "when"), [(2, "before"), (2, "during"), (2, "after"), (4, "during")])
 def test_a_killed_rank_ends_the_wait_of_the_others(gpu_ranks, world_size, when):
-    outcomes = gpu_ranks(world_size, backend="gloo").run_outcomes(_one_dies, when, timeout=90.0)
+    outcomes = gpu_ranks(world_size, backend="gloo").run_outcomes(_one_dies, when, timeout=60.0)
     assert outcomes[1].exitcode == -signal.SIGKILL
     for outcome in (outcome for outcome in outcomes if outcome.rank != 1):
         assert outcome.ok, outcome.describe()
@@ -480,21 +477,21 @@ def _create_and_destroy(group, times, options):
         comm.barrier()
         comm.close()
         del comm
-        if i % 20 == 19:
+        if i % 10 == 9:
             time.sleep(1.0)  # NCCL frees a communicator in threads of its own
             history.append((*_in_use(), torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]))
     return history
 
 
-def test_created_and_destroyed_a_hundred_times_without_growth(gpu_ranks):
-    for history in run(gpu_ranks, 2, _create_and_destroy, 100, {}, timeout=300.0):
+def test_created_and_destroyed_many_times_without_growth(gpu_ranks):
+    for history in run(gpu_ranks, 2, _create_and_destroy, 30, {}, timeout=120.0):
         threads, files, allocated, _ = zip(*history, strict=True)
         assert threads[-1] <= threads[0] + 2 and files[-1] <= files[0] + 4 and allocated[-1] <= allocated[0], history
 
 
 def test_registered_memory_is_given_back(gpu_ranks):
     options = {"registered_buffers": True, "buffer_bytes": 16 << 20}
-    for history in run(gpu_ranks, 2, _create_and_destroy, 40, options, timeout=200.0):
+    for history in run(gpu_ranks, 2, _create_and_destroy, 30, options, timeout=120.0):
         threads, files, allocated, free = zip(*history, strict=True)
         assert threads[-1] <= threads[0] + 2 and files[-1] <= files[0] + 4 and allocated[-1] <= allocated[0], history
         assert free[0] - free[-1] < 10 * (16 << 20), f"of 20 buffers a rank: {history}"

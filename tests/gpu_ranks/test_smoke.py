@@ -63,7 +63,7 @@ def _nccl_sum(group):
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_ranks_see_one_gpu_and_their_share_of_it(gpu_ranks, world_size):
-    found = gpu_ranks(world_size, backend="gloo").run(_describe, timeout=120.0)
+    found = gpu_ranks(world_size, backend="gloo").run(_describe, timeout=90.0)
     shared = gpu_ranks.shared_gpu
     print(shared.describe(world_size), found[0])
     assert all(each == found[0] for each in found)
@@ -85,16 +85,13 @@ def test_gloo(gpu_ranks, world_size):
 def test_symmetric_memory(gpu_ranks, world_size):
     everyone = [[float(rank + 1)] for rank in range(world_size)]
     total = [float(world_size * (world_size + 1) // 2)]
-    for seen, summed, multicast in gpu_ranks(world_size, backend="gloo").run(_symmetric_memory, timeout=120.0):
+    for seen, summed, multicast in gpu_ranks(world_size, backend="gloo").run(_symmetric_memory, timeout=90.0):
         assert seen == everyone and summed == total
         assert multicast == 0, "there is no multicast between ranks on one GPU"
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_nccl_takes_ranks_on_one_gpu(gpu_ranks, world_size):
-    expected = [float(world_size * (world_size + 1) // 2)]
-    found = gpu_ranks(world_size, backend="gloo").run(_nccl_sum, timeout=120.0)
-    assert found == [expected] * world_size
+def test_nccl_takes_ranks_on_one_gpu(gpu_ranks):
+    assert gpu_ranks(2, backend="gloo").run(_nccl_sum, timeout=90.0) == [[3.0]] * 2
 
 
 SCRIPT = """\

@@ -178,8 +178,9 @@ def fused_norms(group):
 def test_sums_over_the_ranks_are_left_to_the_norm(rank_pool):
     for by_model in rank_pool(2).run(fused_norms):
         for same, calls, hooked, layers in by_model:
-            assert same and calls == 2 * layers
-            assert hooked == layers - 1
+            # In a pass the attention's sum of every layer, and the MLP's of every one but the last.
+            assert same and calls == 2 * (2 * layers - 1)
+            assert hooked == 2 * layers - 2
 
 
 def lora_on_ranks(group, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -166,6 +167,7 @@ def test_who_shares_counters(monkeypatch):
     x = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), get_device=lambda: 99)
     current = lambda index: SimpleNamespace(cuda_stream=stream[0], synchronize=lambda: None)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     capturing[0] = True
     taken = [take_counters(x, 5)]  # a capture without a warm-up

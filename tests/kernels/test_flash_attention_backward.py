@@ -296,9 +296,9 @@ def test_gpu_values(length, kv_length, group, dim, device, generator):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [None, 512])
 def test_gpu_llama(half, window, device, generator):
-    """Llama-3-8B; one dtype with every candidate, and the same bits twice."""
-    q, grad_out = (make(generator, 1, 32, 2048, 128, half) for _ in range(2))
-    k, v = (make(generator, 1, 8, 2048, 128, half) for _ in range(2))
+    """Llama-3-8B at tp=2; one dtype with every candidate, and the same bits twice."""
+    q, grad_out = (make(generator, 1, 16, 2048, 128, half) for _ in range(2))
+    k, v = (make(generator, 1, 4, 2048, 128, half) for _ in range(2))
     found = kernels.candidates(gpu_of(q), half, 128, 2048, 2048)
     for config in found if half == torch.bfloat16 and window is None else found[:1]:
         check_backward(q, k, v, grad_out, None, True, window, config)

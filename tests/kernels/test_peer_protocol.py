@@ -4,6 +4,9 @@ The model knows ranks, blocks, kernels in stream order, flags, staging halves, r
 (csrc/kernels/peer_sync.cuh). Halves, flag values, buffers, slices and which block keeps whose record come from the
 functions that the kernels use. A step is what a block does between two waits on one kind of memory; every read asserts
 that it sees the value of its own call, every push that its place is empty.
+
+The kernel that multiplies as well (ops/kernels/peer_linear_kernel.py) has no exchange, and its blocks take their work
+from a list; in the model every block walks the whole list and passes over what another one has taken.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ EMPTY = 0
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel on every rank: ``kind``, its grid and how many packs it moves."""
+    """One kernel on every rank: ``kind``, its grid (or each rank's) and how many packs, or row blocks, it moves."""
 
     kind: str
-    blocks: int
+    blocks: int | tuple[int, ...]
     units: int
+
+    def grid(self, rank: int) -> int:
+        return self.blocks if isinstance(self.blocks, int) else self.blocks[rank]
 
 
 @dataclass
@@ -36,6 +42,14 @@ class Rules:
     advances: object = native.cuda_peer_advances
     end_exchange: bool = True
     first_exchange: bool = True
+    signal_value: object = native.cuda_peer_signal_value
+    # Of the kernel that multiplies.
+    order: str = "multiply, reduce, pull"
+    tiles_are_counted: bool = True
+    counts_return_to_zero: bool = True
+    last_block_keeps_records: bool = True
+    waits_for_arrival: bool = True
+    waits_for_reduction: bool = True
 
 
 @dataclass
@@ -57,6 +71,8 @@ class Model:
     def program(self, rank: int, number: int, block: int) -> list[tuple]:
         """Steps of one block. Its counts are those its record must hold; the first step asserts that it does."""
         call, rules = self.calls[number], self.rules
+        if call.kind == "linear":
+            return self.linear_program(rank, number, block)
         flagged = sum(c.kind not in ("lamport", "local") for c in self.calls[:number])
         lamports = [c for c in self.calls[:number] if c.kind == "lamport"]
         last = lamports[-1].units if lamports else 0
@@ -66,7 +82,7 @@ class Model:
         steps: list[tuple] = [("recall", block, (flagged, len(lamports), last))]
 
         def exchange(phase: int) -> None:
-            value = native.cuda_peer_signal_value(flagged, phase)
+            value = rules.signal_value(flagged, phase)
             steps.extend(("put", [(("signal", p, block, rank), value)]) for p in peers)
             steps.append(("wait", [(("signal", rank, block, p), value) for p in peers]))
 
@@ -112,18 +128,95 @@ class Model:
         steps.append(("put", [(("record", rank, b), record) for b in kept]))
         return [step for step in steps if step[1] or step[0] == "recall"]
 
+    def linear_program(self, rank: int, number: int, block: int) -> list[tuple]:
+        """Of a block of the kernel that multiplies: two tiles make a row block, and a step of all owners is a band."""
+        call, rules, world = self.calls[number], self.rules, self.world
+        flagged = sum(c.kind not in ("lamport", "local") for c in self.calls[:number])
+        lamports = [c for c in self.calls[:number] if c.kind == "lamport"]
+        record = (flagged, len(lamports), lamports[-1].units if lamports else 0)
+        half, everyone, steps = rules.half_of(flagged), range(world), -(-call.units // world)
+        arrival, reduction = (rules.signal_value(flagged, phase) for phase in (0, 1))
+        tag, result = self.tag(number), self.tag(number, True)
+
+        def place(step: int, owner: int, slot: int, column: int) -> tuple:
+            return ("half", owner, half, (slot * steps + step) * 2 + column)
+
+        def owners(step: int) -> int:
+            return min(world, call.units - step * world)
+
+        def multiply(step: int) -> list[list[tuple]]:
+            found = []
+            for column in range(2):
+                for turn in range(owners(step)):
+                    owner = (rank + 1 + turn) % owners(step)
+                    tile = [("put", [(place(step, owner, rank, column), tag)])]
+                    if rules.tiles_are_counted:
+                        tile.append(("count", ("multiplied", rank, step * world + owner), 2, 1))
+                    found.append([*tile, ("put", [(("arrived", owner, step, rank), arrival)])])
+            return found
+
+        def reduce(step: int) -> list[list[tuple]]:
+            if rank >= owners(step):
+                return []
+            arrived = [("wait", [(("arrived", rank, step, p), arrival) for p in everyone])]
+            parts = [(place(step, rank, slot, column), tag) for slot in everyone for column in range(2)]
+            return [
+                [
+                    *(arrived if rules.waits_for_arrival else ()),
+                    ("see", parts),
+                    ("put", [(place(step, rank, 0, column), result) for column in range(2)]),
+                    ("put", [(("finished", p, step * world + rank), reduction) for p in everyone]),
+                ]
+            ]
+
+        def pull(step: int) -> list[list[tuple]]:
+            found = []
+            for turn in range(1, world):
+                owner = (rank + turn) % world
+                if owner < owners(step):
+                    finished = [("wait", [(("finished", rank, step * world + owner), reduction)])]
+                    rows = ("see", [(place(step, owner, 0, column), result) for column in range(2)])
+                    found.append([*(finished if rules.waits_for_reduction else ()), rows])
+            return found
+
+        kinds = [{"multiply": multiply, "reduce": reduce, "pull": pull}[kind] for kind in rules.order.split(", ")]
+        entries = [
+            entry
+            for frame in range(steps + 2)
+            for lag, kind in enumerate(kinds)
+            if 0 <= frame - lag < steps
+            for entry in kind(frame - lag)
+        ]
+        program: list[tuple] = [("recall", 0, record)]  # there may be more blocks than records
+        for index, entry in enumerate(entries):
+            program += [("take", ("taken", rank), index, len(entry)), *entry]
+        records = [(("record", rank, b), (flagged + 1, *record[1:])) for b in range(self.max_blocks)]
+        mine = [records[b] for b in range(self.max_blocks) if rules.advances(block, call.grid(rank), b)]
+        leaves = ("taken", rank), len(entries) + call.grid(rank)
+        if rules.last_block_keeps_records:
+            return [*program, ("leave", *leaves, records)]
+        return [*program, ("leave", *leaves, []), ("put", mine)]
+
+    @staticmethod
+    def keys_of(step: tuple) -> list[tuple]:
+        if step[0] in ("count", "take"):
+            return [step[1]]
+        if step[0] == "leave":
+            return [step[1], *(key for key, _ in step[3])]
+        return [] if step[0] == "recall" else [key for key, _ in step[1]]
+
     def explore(self, limit: int = 2_000_000) -> int:
         """Number of states; AssertionError at the first wrong value or deadlock in any of them."""
         programs = {
             (r, n, b): self.program(r, n, b)
             for r in range(self.world)
             for n, call in enumerate(self.calls)
-            for b in range(call.blocks)
+            for b in range(call.grid(r))
         }
         cells: dict[tuple, int] = {}
         for steps in programs.values():
             for step in steps:
-                for key, _ in step[1] if step[0] != "recall" else ():
+                for key in self.keys_of(step):
                     cells.setdefault(key, len(cells))
         for r in range(self.world):
             for b in range(self.max_blocks):
@@ -132,7 +225,7 @@ class Model:
         for key, index in cells.items():
             if key[0] == "record":
                 start[index] = (0, 0, 0)
-        first = tuple((0, (0,) * self.calls[0].blocks) for _ in range(self.world))
+        first = tuple((0, (0,) * self.calls[0].grid(r)) for r in range(self.world))
         pending, seen = [(first, tuple(start))], {(first, tuple(start))}
         while pending:
             positions, memory = pending.pop()
@@ -142,11 +235,12 @@ class Model:
                     steps = programs[r, n, b] if n < len(self.calls) else ()
                     if at == len(steps):
                         continue
-                    after = self._run(steps[at], r, memory, cells)
+                    after, passed = self._run(steps[at], r, memory, cells)
                     if after is None:
                         continue
                     moved = True
-                    state = (positions[:r] + (self._advance(programs, r, n, counters, b),) + positions[r + 1 :], after)
+                    following = self._advance(programs, r, n, counters, b, 1 + passed)
+                    state = (positions[:r] + (following,) + positions[r + 1 :], after)
                     if state not in seen:
                         seen.add(state)
                         pending.append(state)
@@ -154,33 +248,49 @@ class Model:
             assert len(seen) < limit, "the model is too large"
         return len(seen)
 
-    def _advance(self, programs, r, n, counters, b):
-        counters = counters[:b] + (counters[b] + 1,) + counters[b + 1 :]
+    def _advance(self, programs, r, n, counters, b, by):
+        counters = counters[:b] + (counters[b] + by,) + counters[b + 1 :]
         if all(at == len(programs[r, n, k]) for k, at in enumerate(counters)):  # kernel boundary: all blocks are done
-            following = self.calls[n + 1].blocks if n + 1 < len(self.calls) else 0
+            following = self.calls[n + 1].grid(r) if n + 1 < len(self.calls) else 0
             return (n + 1, (0,) * following)
         return (n, counters)
 
-    @staticmethod
-    def _run(step, r, memory, cells):
-        """Memory after the step, or None if it has to wait."""
+    def _run(self, step, r, memory, cells):
+        """Memory after the step, or None if it has to wait; how many of the following steps are passed over."""
         kind, operands = step[0], step[1]
         if kind == "recall":
             assert memory[cells["record", r, operands]] == step[2], "a block remembers another past"
-            return memory
+            return memory, 0
+        if kind == "take":
+            if memory[cells[operands]] != step[2]:  # another block was first
+                return memory, step[3]
+            return self._changed(memory, cells, [(operands, step[2] + 1)]), 0
+        if kind == "count":
+            count, total = memory[cells[operands]] + 1, step[2]
+            whole = 0 if self.rules.counts_return_to_zero else count
+            return self._changed(memory, cells, [(operands, whole if count == total else count)]), int(count != total)
+        if kind == "leave":
+            count = memory[cells[operands]] + 1
+            last = count == step[2]
+            return self._changed(memory, cells, [(operands, 0 if last else count), *(step[3] if last else ())]), 0
         if kind == "wait":
-            return memory if all(memory[cells[key]] >= value for key, value in operands) else None
+            return (memory if all(memory[cells[key]] >= value for key, value in operands) else None), 0
         if kind in ("see", "poll"):
             values = [memory[cells[key]] for key, _ in operands]
             if kind == "poll" and EMPTY in values:
-                return None
+                return None, 0
             for value, (key, expected) in zip(values, operands, strict=True):
                 assert value == expected, f"rank {r} found {value} instead of {expected} at {key}"
-            return memory
+            return memory, 0
+        if kind == "push":
+            for key, _ in operands:
+                assert memory[cells[key]] == EMPTY, f"rank {r} overwrites data at {key}"
+        return self._changed(memory, cells, operands), 0
+
+    @staticmethod
+    def _changed(memory, cells, operands):
         changed = list(memory)
         for key, value in operands:
-            if kind == "push":
-                assert changed[cells[key]] == EMPTY, f"rank {r} overwrites data at {key}"
             changed[cells[key]] = value
         return tuple(changed)
 
@@ -189,6 +299,7 @@ ONE, ONE_WIDE = Call("one_shot", 1, 2), Call("one_shot", 2, 3)
 TWO, TWO_WIDE = Call("two_shot", 1, 3), Call("two_shot", 2, 4)
 SMALL, WIDE = Call("lamport", 1, 1), Call("lamport", 2, 3)
 GEMM = Call("local", 1, 4)
+LINEAR, LINEAR_WIDE = Call("linear", 1, 3), Call("linear", (2, 1), 2)
 
 SEQUENCES = {
     "one-shot of changing grids": [ONE, ONE_WIDE, ONE, ONE_WIDE, ONE_WIDE],
@@ -198,6 +309,9 @@ SEQUENCES = {
     "Lamport of changing sizes": [WIDE, SMALL, WIDE, WIDE, SMALL, WIDE],
     "registered one-shot": [GEMM, Call("registered_one_shot", 2, 4), GEMM, Call("registered_one_shot", 1, 4), GEMM],
     "registered two-shot": [GEMM, Call("registered_two_shot", 2, 4), GEMM, Call("registered_two_shot", 1, 4), GEMM],
+    "matmuls that all-reduce": [LINEAR, LINEAR, LINEAR],
+    "the same with more blocks": [LINEAR_WIDE, Call("linear", (1, 2), 1)],
+    "among others": [ONE, LINEAR, SMALL, TWO, LINEAR, ONE],
     "registered and staged": [GEMM, Call("registered_one_shot", 1, 4), TWO_WIDE, ONE, GEMM, TWO],
 }
 
@@ -209,8 +323,12 @@ def test_two_ranks_never_see_wrong_data(name):
 
 @pytest.mark.parametrize(
     "calls",
-    [[ONE, Call("two_shot", 1, 3), ONE, SMALL], [SMALL, Call("lamport", 1, 2), SMALL, SMALL]],
-    ids=["flags", "lamport"],
+    [
+        [ONE, Call("two_shot", 1, 3), ONE, SMALL],
+        [SMALL, Call("lamport", 1, 2), SMALL, SMALL],
+        [Call("linear", 1, 1), Call("linear", 1, 2)],
+    ],
+    ids=["flags", "lamport", "linear"],
 )
 def test_three_ranks_never_see_wrong_data(calls):
     assert Model(3, calls).explore() > 100
@@ -235,6 +353,19 @@ BROKEN = {
         replace(Rules(), end_exchange=False),
         [GEMM, Call("registered_one_shot", 1, 4), GEMM, Call("registered_one_shot", 1, 4)],
     ),
+    "one half for matmuls": (replace(Rules(), half_of=lambda call: 0), [LINEAR, LINEAR]),
+    "one half for matmuls after others": (replace(Rules(), half_of=lambda call: 0), [ONE, LINEAR]),
+    "flags without the number of the call": (
+        replace(Rules(), signal_value=lambda call, phase: phase + 1),
+        [LINEAR] * 3,
+    ),
+    "a flag for every tile": (replace(Rules(), tiles_are_counted=False), [LINEAR]),
+    "tiles are counted through the calls": (replace(Rules(), counts_return_to_zero=False), [LINEAR, LINEAR]),
+    "every block keeps its own records": (replace(Rules(), last_block_keeps_records=False), [LINEAR_WIDE]),
+    "nobody waits for tiles": (replace(Rules(), waits_for_arrival=False), [LINEAR]),
+    "nobody waits for sums": (replace(Rules(), waits_for_reduction=False), [LINEAR]),
+    "rows are pulled before others are reduced": (replace(Rules(), order="multiply, pull, reduce"), [LINEAR]),
+    "rows are reduced before others are multiplied": (replace(Rules(), order="reduce, multiply, pull"), [LINEAR]),
 }
 
 

@@ -199,7 +199,7 @@ def model_passes(group, name, dtype):
         assert calls == [(True, True)] * 2  # the other layers fuse their own inner norm
         handle.remove()
         calls.clear()
-        fused.model.layers[0].mlp.down_proj.overlap = "chunked"
+        fused.model.layers[0].mlp.down_proj.skip_bias_add = True
         fused.model.layers[1].input_layernorm.double()
         fused.model.layers[2].mlp = torch.nn.Sequential(fused.model.layers[2].mlp)
         assert not any(layer.fuses_norms(torch.zeros(1, 48, dtype=dtype)) for layer in fused.model.layers)

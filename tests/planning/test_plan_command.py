@@ -223,6 +223,43 @@ def test_measured_beside_predicted(run, tmp_path):
     assert "no row of" in out and "is of this model and dtype" in out
 
 
+def test_ranks_and_their_rivals_are_read(run, tmp_path):
+    common = {
+        "model": "llama3-8b",
+        "tp": 4,
+        "shard": 1,
+        "ranks_per_gpu": 4,
+        "mps": 1,
+        "dtype": "bfloat16",
+        "layers": 32,
+    }
+    took = {name: Timing(ms * 1e-3, 0.0, 1.0) for name, ms in (("off", 6.0), ("symm", 7.5), ("torch symm graph", 9.0))}
+    entries = {
+        "off": Entry(True, timing=took["off"], off="off", sums="off"),
+        "symm": Entry(True, timing=took["symm"], off="off", sums="symm"),
+        "torch symm graph": Entry(False, timing=took["torch symm graph"], sums="symm"),
+        "transformers": Entry(False, failure="left out, --minutes 1 were over", sums="nccl"),
+    }
+    rows = rows_of(common, Case("decode", 1, 1, 1024), entries, None)
+    mixed = rows_of(common, Case("mixed", 2, 9, 0, (5, 9)), entries, None)
+    write_csv(tmp_path / "model_tp4.csv", rows + mixed)
+    status, out, _ = run("--model", "llama3-8b", "--measured", tmp_path / "model_tp4.csv", "--json")
+    off, symm, rival = json.loads(out)["measured"]  # what was left out and what has no prediction is passed over
+    assert status == 0 and [row["contender"] for row in (off, symm, rival)] == ["off", "symm", "torch symm graph"]
+    assert [row["sums"] for row in (off, symm, rival)] == ["off", "symm", "symm"]
+    assert (symm["over_off"], symm["times_best_peer"], symm["best_peer"]) == (1.25, 1.2, "torch symm graph")
+    assert (off["over_off"], off["times_best_peer"], off["best_peer"]) == (1.0, None, "")
+    assert (rival["over_off"], rival["times_best_peer"]) == (None, 1.0)
+    assert off["predicted_ms"] < symm["predicted_ms"] == rival["predicted_ms"]
+    old = [{key: value for key, value in row.items() if key not in ("sums", "best_peer", "lengths")} for row in rows]
+    write_csv(tmp_path / "old.csv", old)
+    _, out, _ = run("--model", "llama3-8b", "--measured", tmp_path / "old.csv", "--json")
+    assert json.loads(out)["measured"][0]["predicted_ms"] == off["predicted_ms"]
+    (tmp_path / "bad.csv").write_text((tmp_path / "old.csv").read_text().replace(",1.25,", ",much,"))
+    status, _, err = run("--model", "llama3-8b", "--measured", tmp_path / "bad.csv")
+    assert status == 2 and "expected numbers in tp, shard, batch" in err and "over_off" in err
+
+
 def test_measured_files_are_checked(tmp_path):
     assert find_measured(machine("h100"), tmp_path) == []
     path = tmp_path / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3" / "model.csv"

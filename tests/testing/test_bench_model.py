@@ -1,12 +1,10 @@
 """``bench model``: the hand-written model against transformers, the checks, budgets, goals, the whole way to the files.
 
-Tier: CPU ranks (1 and 2).
+Tier: no device. Several ranks have a file of their own.
 """
 
-import contextlib
 import csv
 import importlib.util
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,15 @@ from tp_kernels.testing.op_bench.shapes import ARCHITECTURES, MODELS
 pytest.importorskip("transformers")
 
 TINY = bench_model.Options(
-    model="tiny", prompt=(9,), context=(7,), batch=(2,), steps=2, rounds=1, device="cpu", dtype="float32"
+    model="tiny",
+    what=("prefill", "decode"),
+    prompt=(9,),
+    context=(7,),
+    batch=(2,),
+    steps=2,
+    rounds=1,
+    device="cpu",
+    dtype="float32",
 )
 
 
@@ -43,14 +49,14 @@ def models_of(family):
     """(our model, the hand-written one and that of transformers on its weights), fp32, one rank."""
     from tp_kernels.comm import LocalCommunicator, TPGroup
     from tp_kernels.commands.bench_model_ours import make_model, plain_view
-    from tp_kernels.commands.bench_model_run import _hf_sizes
+    from tp_kernels.commands.bench_model_rivals import hf_sizes
     from tp_kernels.commands.named_models import config_of
     from tp_kernels.testing.model_bench.hf_rival import hf_model
 
     config = replace(config_of("tiny"), model_type=family, qk_norm=family == "qwen3")
     model = make_model(config, TPGroup(LocalCommunicator()), "cpu", torch.float32)
     plain = plain_view(model)
-    return model, plain, hf_model(family, _hf_sizes(config), plain)
+    return model, plain, hf_model(family, hf_sizes(config), plain)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +107,14 @@ def test_all_contenders_write_what_transformers_generates(tiny, rival):
                 turn.reset()
                 turn.play()
             contender.prefill(ids_of()).play()
+            contender.close()
+            # Whether packed, padded in front or behind: what each prompt has by itself.
+            mixed = [ids_of()[0, :5], ids_of()[1], ids_of()[0, :1]]
+            alone = [contender.generate(prompt.unsqueeze(0), 0)[0, 0] for prompt in mixed]
+            assert torch.equal(contender.first_tokens(mixed), torch.stack(alone)), name
+            turn = contender.prefill_mixed(mixed)
+            turn.reset()
+            turn.play()
             contender.close()
 
 
@@ -257,7 +271,8 @@ def test_a_profile_counts_overlap_and_gaps():
 
 
 def test_the_command_measures_everything_on_one_rank(tmp_path, capsys):
-    words = "--device cpu --model tiny --prompt 9 --context 7 --batch 1 2 --steps 2 --rounds 1 --dtype float16"
+    words = "--device cpu --model tiny --prompt 9 --prefill-batch 1 2 --mixed 5 9 2 --context 7 --batch 1 2 --steps 2 "
+    words += "--rounds 1 --dtype float16"
     files = ["--csv", str(tmp_path / "model.csv"), "--plot", str(tmp_path / "model.png")]
     files += ["--profile", str(tmp_path / "profile.csv")]
     assert bench_model.main([*words.split(), "--quantize", "none", "int8", *files]) == 0
@@ -267,8 +282,15 @@ def test_the_command_measures_everything_on_one_rank(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     ours, graphs = ["tp_kernels", "tp_kernels int8"], ["torch graph", "torch eager", "torch graph one length"]
     decode = [*ours, *graphs, "transformers"]
-    assert [row["contender"] for row in rows] == [*ours, "torch eager", "transformers", *decode, *decode]
+    prompts = [*ours, "torch eager", "transformers"]
+    assert [row["contender"] for row in rows] == [*prompts * 3, *decode, *decode]
     assert all(row["verdict"] == "ok" and float(row["ms"]) > 0 for row in rows), rows
+    sizes = [(row["what"], row["batch"], row["tokens"], row["lengths"]) for row in rows[::4]][:3]
+    assert sizes == [("prefill", "1", "9", ""), ("prefill", "2", "9", ""), ("mixed", "3", "9", "5+9+2")]
+    assert "prefill of 5+9+2 tokens together" in printed
+    rate = {row["contender"]: float(row["tokens_s"]) * float(row["ms"]) / 1e3 for row in rows[8:12]}
+    assert all(tokens == pytest.approx(16, rel=1e-2) for tokens in rate.values()), "padding is no token"
+    assert {row["best_peer"] for row in rows} <= {"torch eager", "transformers", *graphs}
     assert all(row["goal"] == "" and row["mode"] == "host" for row in rows)
     read = {(row["contender"], row["batch"]): float(row["gb_read"]) for row in rows if row["what"] == "decode"}
     assert read["tp_kernels int8", "1"] < read["tp_kernels", "1"] == read["torch graph", "1"]
@@ -276,7 +298,7 @@ def test_the_command_measures_everything_on_one_rank(tmp_path, capsys):
     assert "# decode, batch 2 after 7 tokens, tp_kernels int8: " in printed
     with open(tmp_path / "profile.csv", newline="") as file:
         kernels = list(csv.DictReader(file))
-    assert len({(row["what"], row["batch"], row["contender"]) for row in kernels}) == 6
+    assert len({(row["what"], row["batch"], row["contender"]) for row in kernels}) == 10
     assert all(float(row["us"]) >= 0 for row in kernels) and kernels[-1]["kernel"] == "(no kernel running)"
 
 
@@ -300,50 +322,19 @@ def test_a_shard_is_given_words_of_its_own():
 
 
 def test_contenders_that_fail_have_rows_that_say_why(monkeypatch, capsys):
-    from tp_kernels.commands import bench_model_run
+    from tp_kernels.commands import bench_model_rivals, bench_model_run
 
     def fail(*_):
         raise RuntimeError("out of something")
 
     monkeypatch.setattr(bench_model_run.EngineContender, "generate", fail)
-    monkeypatch.setattr(bench_model_run, "hf_model", fail)
+    monkeypatch.setattr(bench_model_rivals, "hf_model", fail)
     monkeypatch.setattr(PlainContender, "prefill", fail)
     rows = bench_model.measure(None, replace(TINY, batch=(1, 2)))
     found = [(row["contender"], row["verdict"], row["ms"] != "") for row in rows]
     ours, rival = ((name, "RuntimeError: out of something", False) for name in ("tp_kernels", "transformers"))
     decode = [ours, *((f"torch {how}", "ok", True) for how in PlainContender.WAYS), rival]
     assert found == [ours, ("torch eager", ours[1], False), rival, *decode, *decode], "never timed unchecked"
-
-
-def measured(group, switch_off=False):
-    """Rows, and what was printed."""
-    from tp_kernels.commands.bench_model_run import Run
-    from tp_kernels.testing.switched_off import switched_off
-
-    torch.set_num_threads(1)
-    printed = io.StringIO()
-    options = replace(TINY, tp=2, quantize=("none", "int8"))
-    with contextlib.redirect_stdout(printed), torch.inference_mode():
-        if switch_off:
-            groups = {name: switched_off(group.rank, 2, ranks=group.ranks) for name in ("off", "shm")}
-            rows = Run(replace(options, what=("decode",)), groups, group, None, torch.device("cpu")).measure()
-        else:
-            rows = bench_model.measure(group, options)
-    return rows, printed.getvalue()
-
-
-def test_on_ranks(rank_pool):
-    (first, printed), (second, nothing) = rank_pool(2).run(measured)
-    assert first == second and [row["contender"] for row in first] == ["off", "shm", "off int8", "shm int8"] * 2
-    assert [row["verdict"] for row in first] == ["", "ok", "", "ok"] * 2
-    assert all(row["over_off"] == 1.0 for row in first if row["contender"].startswith("off"))
-    assert all(row["tp"] == 2 and row["over_off"] > 0 and row["times_best_peer"] == "" for row in first)
-    assert "prefill of 1 x 9 tokens" in printed and not nothing
-
-
-def test_missing_sums_are_wrong(rank_pool):
-    (rows, printed), _ = rank_pool(2).run(measured, True)
-    assert [row["verdict"] for row in rows] == ["", "wrong"] * 2 and "# WRONG: shm is" in printed
 
 
 def test_no_case_is_begun_when_the_time_is_over(capsys):
@@ -357,7 +348,10 @@ def test_no_case_is_begun_when_the_time_is_over(capsys):
     "words, message",
     [
         ("--batch 0", "--batch must be at least 1, got 0"),
-        ("--batch 1 300", "--batch must be at most 256, got 300"),
+        ("--batch 1 300", "--batch must be at most 256 rows, got 300"),
+        ("--batch 1 --prefill-batch 300", "--prefill-batch must be at most 256 rows, got 300"),
+        ("--mixed 3 0", "--mixed must be at least 1, got 0"),
+        ("--prefill-batch 0", "--prefill-batch must be at least 1, got 0"),
         ("--layers 0", "--layers must be at least 1, got 0"),
         ("--tp 2 --shard 2", "expected --tp 1, got --tp 2"),
         ("--tp 2 --profile x.csv", "--profile looks at one process"),

@@ -81,8 +81,9 @@ def test_order(run_gpu, parts):
     for group in ("linear", "swiglu", "decode", "norm-linear", "attention", "quantized", "norms"):
         assert place[f"tune-{group}"] < place["bench-model"], "a model is measured with tuned ops"
     models = ["bench-model", "bench-model-shard4", "bench-model-tp4"]
-    assert names[place["bench-model"] :][:5] == [*models, "sanitizer", "gpu-ranks"]
-    assert next(iter(parts["gpu-ranks"].commands)) == "gpu-ranks-smoke" and parts["gpu-ranks"].at_once == 1
+    assert names[place["bench-model"] :][:6] == [*models, "sanitizer", "gpu-ranks", "gpu-ranks-more"]
+    first = [name.removeprefix("gpu-ranks-") for name in parts["gpu-ranks"].commands]
+    assert first[0] == "smoke" and {"symmetric", "fused_norm", "nccl"} < set(first) and parts["gpu-ranks"].at_once == 1
 
 
 def test_models_are_measured_as_their_goals_say(parts):
@@ -159,11 +160,12 @@ def test_every_file_of_tests_is_run_once_and_whole(parts):
         index, count = command[command.index("--shard") + 1].split("/")
         shards.setdefault((command[-1], int(count)), []).append(int(index))
     engine = {command[-1] for command in commands(parts, "engine")}
-    assert len(engine) > 2 and len(shards) == len(found) + 1 + len(engine)
-    assert {file for file, _ in shards} == {*found, "tests/testing/test_op_bench.py", *engine}
+    assert len(engine) > 2 and len(shards) == len(found) + 2 + len(engine)
+    tools = {"tests/testing/test_op_bench.py", "tests/testing/test_gpu_timer.py"}
+    assert {file for file, _ in shards} == {*found, *tools, *engine}
     for (_, count), indices in shards.items():
         assert sorted(indices) == list(range(count))
-    ranks = [command[-1] for command in parts["gpu-ranks"].commands.values()]
+    ranks = [command[-1] for name in ("gpu-ranks", "gpu-ranks-more") for command in parts[name].commands.values()]
     assert sorted(ranks) == sorted(f"tests/gpu_ranks/{p.name}" for p in (ROOT / "tests/gpu_ranks").glob("test_*.py"))
     names = [name for part in parts.values() for name in part.commands]
     assert len(set(names)) == len(names), "logs would overwrite each other"
@@ -171,7 +173,8 @@ def test_every_file_of_tests_is_run_once_and_whole(parts):
 
 def test_every_kernel_has_a_case_for_the_sanitizer():
     # Dispatch, protocols, arguments, code: their kernels are in other files.
-    without = {"aot", "foreign_tables", "gpu_linear", "peer_exchange", "peer_kernels", "peer_protocol"}
+    without = {"aot", "foreign_tables", "gpu_linear", "launch"}
+    without |= {"counters", "peer_check", "peer_exchange", "peer_kernels", "peer_linear", "peer_protocol"}
     marked = {path.stem: "mark.sanitize" in path.read_text() for path in (ROOT / "tests/kernels").glob("test_*.py")}
     assert {name.removeprefix("test_") for name, has in marked.items() if not has} == without
 
@@ -180,8 +183,63 @@ def test_sums_over_ranks_are_measured_at_both_ends(parts):
     from tp_kernels.testing.bench_all_reduce_gpu import _options
 
     for ranks in (4, 2):
-        sizes = _options(parsed(parts[f"comm-all-reduce-{ranks}"].commands[f"comm-all-reduce-{ranks}"])).sizes
-        assert (sizes[0], sizes[-1]) == (2 << 10, 64 << 20)
+        options = _options(parsed(parts[f"comm-all-reduce-{ranks}"].commands[f"comm-all-reduce-{ranks}"]))
+        assert (options.sizes[0], options.sizes[-1]) == (2 << 10, 64 << 20) and options.what == ["sums"]
+        norms = _options(parsed(parts[f"comm-norms-{ranks}"].commands[f"comm-norms-{ranks}"]))
+        assert norms.what == ["norms"] and {1, 64, 1024, 4096} <= set(norms.tokens) and 4096 in norms.hidden
+    assert set(_options(parsed(parts["comm-norms-4"].commands["comm-norms-4"])).hidden) == {4096, 8192}
+
+
+def test_overlap_is_measured_and_tuned_before_layers_choose_by_it(parts):
+    from tp_kernels.ops._overlap_choice import OVERLAPPED_OPS
+    from tp_kernels.testing.bench_overlap import COLUMN_SHAPES, ROW_SHAPES, _options
+    from tp_kernels.testing.overlap_bench.case import cases_of
+
+    (command,) = parts["comm-overlap"].commands.values()
+    options = _options(parsed(command))
+    assert options.tune == "" and options.peers and 0 in options.max_ctas  # layers leave NCCL its own number
+    assert options.minutes <= parts["comm-overlap"].minutes - 1
+    cases = cases_of(options)
+    assert {case.op for case in cases} == set(OVERLAPPED_OPS)
+    first = cases[: 2 * len(ROW_SHAPES) + len(COLUMN_SHAPES)]
+    assert {case.m for case in first} == {4096} and all(case.m != 4096 for case in cases[len(first) :])
+    assert min(case.m for case in cases) <= 256, "where it does not pay"
+    names = list(parts)
+    assert names.index("comm-overlap") < names.index("comm-layer")
+    assert not any("TP_KERNELS_TUNING_DIR" in parts[name].environment for name in ("comm-overlap", "comm-layer"))
+
+
+def test_ways_between_ranks_are_tuned_by_ranks(parts):
+    (command,) = parts["comm-tune"].commands.values()
+    launch = parsed(command)
+    assert launch.nproc == 4 and launch.one_gpu
+    inner = build_parser().parse_args(command[command.index("--module") + 2 :])
+    assert inner.what == "comm" and inner.minutes < parts["comm-tune"].minutes
+
+
+def test_a_few_tests_of_ranks_are_run_in_turns_on_the_gpu(parts):
+    assert parts["sliced-ranks"].environment["TP_KERNELS_MPS"] == "0"
+    assert list(parts).index("sliced-ranks") > list(parts).index("comm-layer")
+    words = [command[command.index("-p") :] for command in parts["sliced-ranks"].commands.values()]
+    assert {word for of in words for word in of if word.startswith("tests/")} == {
+        "tests/gpu_ranks/test_smoke.py",
+        "tests/gpu_ranks/test_symmetric.py",
+    }
+
+
+def test_what_goals_need_is_measured_first(parts):
+    from tp_kernels.testing.op_bench.runner import by_rows
+
+    for name in ("bench-linear", "bench-swiglu"):
+        args = parsed(parts[name].commands[name])
+        selection = Selection(tuple(args.op), tuple(args.model), tuple(args.tp), rows=args.rows)
+        cases = by_rows(select_cases(selection), args.rows)
+        rows = [case.sizes["m"] for case in cases]
+        assert rows == sorted(rows, key=args.rows.index) and len(cases) == len(list(select_cases(selection)))
+        for m in (1, 4096):
+            tps = {case.label.split()[1] for case in cases if case.sizes["m"] == m}
+            assert tps == {"tp=1", "tp=2", "tp=4", "tp=8"}, "geometric means are over all of them"
+        assert set(rows[: rows.index(16)]) == {1, 4096}
 
 
 def test_files_and_scripts_exist(parts):

@@ -75,7 +75,8 @@ class Communicator(abc.ABC):
         backend: short name of the transport: ``"local"``, ``"shm"``, ``"gloo"``, ``"nccl"``, ``"symm"``.
         timeout: default deadline of a call in seconds.
         numerics: what its sums promise.
-        overlap_modes: ways in which its asynchronous calls run beside the caller's work: ``("chunked",)`` or none.
+        overlap_modes: ways in which its calls overlap the caller's work: "chunked" (asynchronous calls run beside it),
+            "fused" (``linear_all_reduce`` multiplies as well); none by default.
     """
 
     rank: int

@@ -4,7 +4,8 @@
 next is multiplied on the caller's. A GPU works a GEMM off in waves of one tile per multiprocessor (SM), so a chunk is a
 whole number of waves: a part of one costs as much as a full one (the rule of FlashOverlap, Hong et al. 2025). Here are
 pure functions of the shape and of numbers that all ranks share, so the ranks cannot disagree; ``ops.linear_all_reduce``
-carries them out.
+carries them out. That is ``overlap="chunked"``; with "fused" one kernel over peer memory sends every tile on when it is
+done (``SymmetricMemoryCommunicator.linear_all_reduce``). Both pass the same gate.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def worth_overlapping(path: str, us: Mapping[str, float]) -> tuple[bool, str]:
 
 
 def offers_overlap(group: TPGroup, mode: str = "chunked") -> bool:
-    """Whether the group's communicator works beside the caller's stream, so that there is something to gain."""
+    """Whether the group's communicator works beside the caller's stream ("chunked"), or inside a matmul ("fused")."""
     return mode in group.communicator.overlap_modes
 
 
@@ -163,12 +164,13 @@ def may_overlap(group: TPGroup, mode: str, rows: int) -> bool:
     """Whether a row-parallel layer need consider overlap at all; cheap, and the same on all ranks.
 
     Args:
-        mode: "auto", "none" or "chunked".
+        mode: "auto", "none", "chunked" or "fused". Few rows are not worth a grid of tiles, whatever was asked for: the
+            skinny matmuls and the one-step all-reduce are for them.
         rows: of the layer's input.
     """
     if mode == "none" or not group.communicator.overlap_modes:
         return False
-    return mode != "auto" or rows > SMALLEST_CHUNK
+    return mode == "chunked" or rows > SMALLEST_CHUNK
 
 
 def check_offered(mode: str, group: TPGroup, device: torch.device) -> None:

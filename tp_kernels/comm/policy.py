@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import socket
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
-from tp_kernels._native import native
+from tp_kernels._native import build_info, native
 from tp_kernels.comm.errors import CommError
 from tp_kernels.comm.gpu_facts import GpuFacts
+from tp_kernels.comm.paths import LAMPORT, ONE_SHOT, SYMM, TRITON, TWO_SHOT
 from tp_kernels.comm.peer_verdicts import PASSED
 from tp_kernels.comm.processes import sharing_domain
 from tp_kernels.comm.symmetric_sizes import MAX_WORLD
@@ -342,8 +343,9 @@ def report_fallback(choice: Choice, facts: RankFacts, group: str, rank: int) -> 
 def explain(group: Any = None) -> Choice:
     """Which path ``group`` uses and why each other one was not taken; ``print`` it.
 
-    For a group of GPUs: also which path carries which operation at which sizes and from which table, and how many calls
-    each path has carried.
+    For a group of GPUs: also which path carries which operation at which sizes and from which table, which kernels are
+    not there and why, and how many calls each path has carried. What one call of an op would do is for
+    ``ops.explain`` to say.
 
     Args:
         group: as for ``resolve_group``; None is the default tensor-parallel group.
@@ -351,5 +353,29 @@ def explain(group: Any = None) -> Choice:
     from tp_kernels.comm.process_group import resolve_group
 
     group = resolve_group(group)
-    describe = getattr(group.communicator, "describe", None)
-    return group.choice if describe is None else replace(group.choice, details=tuple(describe()))
+    return replace(group.choice, details=tuple(_details(group.communicator)))
+
+
+def _details(communicator: Any) -> Iterator[str]:
+    describe = getattr(communicator, "describe", None)
+    if describe is None and communicator.world_size == 1:
+        return
+    if not getattr(communicator, "fused_norm", False):
+        yield "all_reduce_add_rms_norm: an all-reduce, then the norm (the kernel for both needs peer memory)"
+    if describe is None:
+        yield f"every call goes by {communicator.backend}, the group's only path"
+    else:
+        yield from _missing_kernels(getattr(communicator, "paths", ()))
+        yield from describe()  # what has run comes last
+
+
+def _missing_kernels(found: Sequence[str]) -> Iterator[str]:
+    """Why kernels over peer memory are not among the paths of a group that has it."""
+    if not any(path.startswith(f"{SYMM}:") for path in found):
+        return
+    if TWO_SHOT not in found:
+        kernels = ", ".join((ONE_SHOT, TWO_SHOT, LAMPORT))
+        built = build_info()["cuda"]
+        yield f"{kernels}: not there (a rank's native core was built without CUDA; here: {built}): {TRITON} instead"
+    if TRITON not in found:
+        yield f"{TRITON}: not there (Triton is not installed on all ranks)"

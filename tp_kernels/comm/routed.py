@@ -27,12 +27,14 @@ from tp_kernels.comm.paths import LAMPORT, MULTIMEM, MULTIMEM_ONE_SHOT, ONE_SHOT
 from tp_kernels.comm.policy import BackendUnavailableError
 from tp_kernels.comm.symmetric_sizes import LAMPORT_BYTES, MAX_LAMPORT_ROW_PACKS, PACK_BYTES, row_packs
 
-__all__ = ["RoutedCommunicator", "paths_of"]
+__all__ = ["LINEAR", "RoutedCommunicator", "paths_of"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HOST_DTYPES = frozenset(getattr(torch, name) for name in DTYPE_CODES)
 _TORCH_DTYPES = _HOST_DTYPES | {torch.int8, torch.uint8, torch.int16}
 _NCCL_DTYPES = _HOST_DTYPES | {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
+# Among ``counters`` only: what a call of it takes is no choice among paths.
+LINEAR = "symm:linear"
 _KERNELS = (ONE_SHOT, TWO_SHOT, LAMPORT, TRITON)
 _MULTICAST = (MULTIMEM, MULTIMEM_ONE_SHOT)
 
@@ -84,7 +86,7 @@ class RoutedCommunicator(Communicator):
         strict: a fallback raises.
 
     Attributes:
-        counters: path -> calls, as made by the host.
+        counters: path -> calls, as made by the host; ``LINEAR`` -> those of ``linear_all_reduce``.
         fused_norm: offers ``all_reduce_add_rms_norm``.
         max_ctas: NCCL's budget of SMs, on a group whose sums it overlaps; else None.
     """
@@ -115,9 +117,12 @@ class RoutedCommunicator(Communicator):
         carriers = [member for name, member in self._members.items() if any(_member_of(p) == name for p in sums)]
         self.numerics = _combined(carriers or [first], several=numerics == "any" and len(carriers) > 1)
         # With numerics="any" a part of a message may take another path than the whole, so its bits might change.
-        self.overlap_modes = () if numerics == "any" or not carriers else carriers[0].overlap_modes
+        modes = () if numerics == "any" or not carriers else carriers[0].overlap_modes
+        # That cuts nothing: it is there wherever peer memory may carry sums.
+        fused = symm in carriers and "fused" in symm.overlap_modes
+        self.overlap_modes = tuple(dict.fromkeys((*modes, *(("fused",) if fused else ()))))
         # What overlap was measured with.
-        self.max_ctas = getattr(carriers[0], "max_ctas", None) if self.overlap_modes else None
+        self.max_ctas = getattr(carriers[0], "max_ctas", None) if modes else None
 
     # Collectives -----------------------------------------------------------------------------------------------------
 
@@ -224,6 +229,28 @@ class RoutedCommunicator(Communicator):
         return self._members["symm"].all_reduce_add_rms_norm(
             partial, residual, weight, eps, algorithm=algorithm, **options
         )
+
+    def linear_reason(self, rows: int, width: int, dtype: torch.dtype) -> str | None:
+        """As ``SymmetricMemoryCommunicator.linear_reason``, of a group whose ``overlap_modes`` have "fused"."""
+        return self._members["symm"].linear_reason(rows, width, dtype)
+
+    def linear_all_reduce(
+        self, x: torch.Tensor, weight: torch.Tensor, **options: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As ``SymmetricMemoryCommunicator.linear_all_reduce``.
+
+        Raises:
+            BackendUnavailableError: a group whose ``overlap_modes`` do not have "fused".
+        """
+        if "fused" not in self.overlap_modes:
+            raise BackendUnavailableError(
+                f"group {self.name}: a matmul fused with its all-reduce needs peer memory and Triton on all ranks, and "
+                f"sums that peer memory may carry; the group has {', '.join(self._paths)} and "
+                f"numerics={self.numerics_class!r}",
+                group=self.name,
+            )
+        self.counters[LINEAR] += 1
+        return self._members["symm"].linear_all_reduce(x, weight, **options)
 
     def check(self) -> None:
         """Raise what a transport has noticed since the last call; those that have nothing to say are passed over."""
@@ -384,7 +411,7 @@ class RoutedCommunicator(Communicator):
                     lines.append(f"  never {path}: {self._out_of_class(path)}")
                 elif path not in taken and path not in (SYMM, "gloo"):
                     lines.append(f"  never {path}: not the fastest at any size, by the table")
-        if "symm" in self._members and MULTIMEM not in self._paths:
+        if TWO_SHOT in self._paths and MULTIMEM not in self._paths:
             lines.append("symm:multimem: not there (these GPUs have no multicast, or not on all ranks)")
         nccl = getattr(self._members.get("nccl"), "describe", None)
         lines += [] if nccl is None else nccl()

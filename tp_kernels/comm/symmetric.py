@@ -35,7 +35,6 @@ from tp_kernels import one_gpu
 from tp_kernels._native import has_cuda, native
 from tp_kernels.comm.communicator import (
     DEFAULT_TIMEOUT,
-    Communicator,
     Numerics,
     check_dim,
     check_reduce_op,
@@ -46,6 +45,7 @@ from tp_kernels.comm.communicator import (
 )
 from tp_kernels.comm.nccl_peers import Peers
 from tp_kernels.comm.symmetric_calls import KERNEL_DTYPES, KernelCalls
+from tp_kernels.comm.symmetric_linear import FusedLinear
 from tp_kernels.comm.symmetric_sizes import (
     ALGORITHMS,
     CUDA_ALGORITHMS,
@@ -71,17 +71,18 @@ __all__ = ["MAX_BYTES", "SymmetricMemoryCommunicator", "SymmetricMemoryUnavailab
 MAX_BYTES = 64 << 20
 
 
-class SymmetricMemoryCommunicator(Communicator):
+class SymmetricMemoryCommunicator(FusedLinear):
     """Collectives of 2 to 16 ranks over CUDA tensors; made by ``create``. See the module's documentation.
 
     All-reduce by our kernels for float32, bfloat16 and float16; everything else takes every dtype. Tensors need not be
-    contiguous. ``close()`` is not a collective.
+    contiguous. ``close()`` is not a collective. ``linear_all_reduce`` is in ``symmetric_linear``.
 
     Attributes:
         counters: path -> calls, as made by the host (a captured call counts once).
         fused_norm: offers ``all_reduce_add_rms_norm``.
         max_blocks: the largest grid, agreed by all ranks.
         algorithms: that all ranks have, multimem apart.
+        overlap_modes: "fused" (``linear_all_reduce``) where "triton" is among them.
         has_multicast: whether "multimem" can be asked for.
     """
 
@@ -104,6 +105,7 @@ class SymmetricMemoryCommunicator(Communicator):
         self.rank, self.world_size, self.name, self.timeout = rank, world_size, name, timeout
         self.max_blocks, self.algorithms = max_blocks, algorithms
         self._has_cuda = "one_shot" in algorithms
+        self.overlap_modes = ("fused",) if "triton" in algorithms else ()
         self.has_multicast = self._has_cuda and workspace.multicast != 0
         self.counters: Counter[str] = Counter()
         self._layout = workspace.layout
@@ -354,7 +356,8 @@ class SymmetricMemoryCommunicator(Communicator):
             self._sum(source, total, None, timeout)
             return total.split(sizes, dim)[self.rank].contiguous()
         self.counters["reduce_scatter"] += 1
-        parts = [part.reshape(-1) for part in x.detach().split(sizes, dim)]
+        # A slice one element wide would be a view with gaps even after reshape(-1), and bytes have none.
+        parts = [part.contiguous().view(-1) for part in x.detach().split(sizes, dim)]
         out = x.new_empty((*x.shape[:dim], sizes[self.rank], *x.shape[dim + 1 :]))
         # The mailbox holds one slot for each receiver; long slices come in pieces of a slot.
         slot = self._layout.mailbox_bytes // self.world_size // PACK_BYTES * PACK_BYTES

@@ -13,7 +13,7 @@ from tp_kernels._native import native
 from tp_kernels.comm.communicator import check_timeout
 from tp_kernels.comm.errors import CommAbortedError, CommError, CommTimeoutError, PeerDiedError
 from tp_kernels.comm.nccl_peers import Peers
-from tp_kernels.comm.symmetric_sizes import ALGORITHMS, PACK_BYTES, SCRATCH_FLOATS
+from tp_kernels.comm.symmetric_sizes import ALGORITHMS, MAX_BLOCKS, PACK_BYTES, SCRATCH_FLOATS
 from tp_kernels.comm.symmetric_workspace import ErrorRecord, Workspace
 
 __all__ = ["KERNEL_DTYPES", "KernelCalls"]
@@ -31,6 +31,13 @@ def _triton_kernels() -> Any:
     from tp_kernels.ops.kernels import peer_norm
 
     return peer_norm
+
+
+@functools.cache
+def _linear_kernel() -> Any:
+    from tp_kernels.ops.kernels import peer_linear
+
+    return peer_linear.linear_all_reduce
 
 
 class KernelCalls:
@@ -75,7 +82,8 @@ class KernelCalls:
         self._stream: Any = None  # of the last launch
         self._ping, self._pong = torch.zeros(2, 4, dtype=torch.float32, device=self.device).unbind(0)
         # Of the Triton kernels; now, because what a capture allocates would belong to its graph.
-        self._scratch = torch.empty(SCRATCH_FLOATS, dtype=torch.float32, device=self.device)
+        floats = max(SCRATCH_FLOATS, SCRATCH_FLOATS // MAX_BLOCKS * max_blocks)  # one of them has larger grids
+        self._scratch = torch.empty(floats, dtype=torch.float32, device=self.device)
 
     def begin(
         self, operation: str, x: torch.Tensor | None = None, timeout: float | None = None, **facts: Any
@@ -219,6 +227,18 @@ class KernelCalls:
         group |= {"max_blocks": self.max_blocks, "timeout_ns": self._nanoseconds(timeout), "registered": registered}
         self._note("triton")
         self.launch(lambda _stream: launch(*arguments, **group))
+
+    def triton_linear(
+        self, tensors: tuple[torch.Tensor | None, ...], eps: float, block_m: int, timeout: float | None
+    ) -> None:
+        """``tensors``: sum, normed (or None), x, weight, bias, residual and norm weight (or None)."""
+        workspace = self.workspace
+        arguments = (*tensors, eps, workspace.table, self._scratch)
+        group = {"rank": self.rank, "world_size": self.world_size, "half_bytes": workspace.layout.half_bytes}
+        group |= {"block_m": block_m, "max_blocks": self.max_blocks, "timeout_ns": self._nanoseconds(timeout)}
+        kernel = _linear_kernel()
+        self._note("triton")
+        self.launch(lambda _stream: kernel(*arguments, **group))
 
     def _place_of(self, x: torch.Tensor) -> int | None:
         """How far behind this rank's data ``x`` lies in the part that all ranks may read it in; None elsewhere.

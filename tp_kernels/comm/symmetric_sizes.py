@@ -15,7 +15,9 @@ __all__ = [
     "lamport_limit",
     "lamport_rows",
     "layout_of",
+    "linear_rows",
     "norm_algorithm_for",
+    "row_block",
     "row_packs",
     "rows_per_call",
 ]
@@ -33,6 +35,14 @@ FLAG_BYTES = 16 << 10
 STATE_OFFSET = 8 * MAX_BLOCKS * MAX_WORLD
 STATE_BYTES = 32
 FAILED_OFFSET = STATE_OFFSET + STATE_BYTES * MAX_BLOCKS
+# Behind them LinearFlags, of the kernel that multiplies as well. By row block of a call: from which ranks its tiles
+# have arrived, whether it is finished, how many tiles and groups of rows are done here; then how much work is taken.
+MAX_ROW_BLOCKS = 128
+ARRIVED_OFFSET = -(-(FAILED_OFFSET + 4) // 128) * 128
+FINISHED_OFFSET = ARRIVED_OFFSET + 8 * MAX_ROW_BLOCKS
+MULTIPLIED_OFFSET = FINISHED_OFFSET + 8 * MAX_ROW_BLOCKS
+REDUCED_OFFSET = MULTIPLIED_OFFSET + 4 * MAX_ROW_BLOCKS
+TAKEN_OFFSET = REDUCED_OFFSET + 4 * MAX_ROW_BLOCKS
 LAMPORT_BYTES = 256 << 10
 LAMPORT_BUFFERS = 3
 EMPTY_WORD = 0x80000000
@@ -87,6 +97,22 @@ def rows_per_call(width: int, itemsize: int, half_bytes: int) -> int:
 def lamport_rows(width: int, itemsize: int) -> int:
     """The same for the Lamport kernel."""
     return LAMPORT_BYTES // (row_packs(width, itemsize) * PACK_BYTES)
+
+
+def row_block(rows: int, itemsize: int, world_size: int) -> int:
+    """Rows of a tile of the matmul that all-reduces its result: large ones, unless that leaves ranks without any."""
+    return 128 if itemsize == 2 and rows >= 128 * world_size else 64
+
+
+def linear_rows(rows: int, width: int, itemsize: int, world_size: int, half_bytes: int) -> int:
+    """How many of ``rows`` one matmul + all-reduce kernel takes; 0 when it does not take ``width`` columns at all.
+
+    A multiple of ``world_size`` row blocks: a rank keeps every rank's part of its own ones in a staging half.
+    """
+    once = row_block(rows, itemsize, world_size) * world_size
+    if width < 1 or world_size > MAX_ROW_BLOCKS:
+        return 0
+    return min(half_bytes // (once * width * itemsize), MAX_ROW_BLOCKS // world_size) * once
 
 
 def row_packs(width: int, itemsize: int) -> int:

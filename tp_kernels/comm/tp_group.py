@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class TPGroup:
         self.device = torch.device(device_type) if device is None else device
         self.process_group = process_group
         self.choice = choice or Choice(communicator.backend, "given by the caller")
+        self._before_close: list[Callable[[], object]] = []
         # Bound once: a group is called dozens of times per token.
         self.all_reduce = communicator.all_reduce
         self.all_reduce_async = communicator.all_reduce_async
@@ -80,9 +81,20 @@ class TPGroup:
         """Default deadline of a collective, in seconds."""
         return self.communicator.timeout
 
+    def before_close(self, callback: Callable[[], object]) -> None:
+        """Call ``callback()`` once when the group is closed, before its communicator is; the latest one first.
+
+        For what cannot outlive the communicator, such as CUDA graphs of its calls.
+        """
+        self._before_close.append(callback)
+
     def close(self) -> None:
         """Release the communicator; later calls fail. Safe to call twice."""
-        self.communicator.close()
+        try:
+            while self._before_close:
+                self._before_close.pop()()
+        finally:
+            self.communicator.close()
 
     def __repr__(self) -> str:
         where = f"rank {self.rank} of {self.world_size}"

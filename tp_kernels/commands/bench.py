@@ -57,9 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "overlap",
-        "a matmul and its all-reduce over NCCL, one after the other and side by side",
-        "A row-parallel matmul and its all-reduce over NCCL, one after the other and in chunks side by side; ranks\n"
-        "share one GPU where there are not enough.",
+        "projections and their collectives, one after the other, side by side, and in one kernel",
+        "Row-parallel projections with their all-reduce or reduce-scatter, column-parallel ones with the gathering of\n"
+        "their tokens: one after the other, in chunks side by side over NCCL, in one kernel over peer memory, and as\n"
+        "torch does it; ranks share one GPU where there are not enough.",
         _OVERLAP_EXAMPLES,
         bench_overlap.add_arguments,
         bench_overlap.run,
@@ -107,7 +108,8 @@ examples:
 _OVERLAP_EXAMPLES = """\
 examples:
   tp-kernels bench overlap --ranks 4 --rows 4096 --csv overlap.csv
-  tp-kernels bench overlap --ranks 4 --tune
+  tp-kernels bench overlap --ranks 4 --op linear_all_reduce --minutes 5 --tune
+  tp-kernels bench overlap --ranks 2 --device cpu --op linear_all_reduce --layers o --rows 8 --rounds 2
 """
 
 _LAYER_EXAMPLES = """\

@@ -16,6 +16,7 @@ from tp_kernels.layers import iter_tensor_shards, quantize_model
 from tp_kernels.models import ModelConfig, ParallelCausalLM
 from tp_kernels.testing.model_bench.contender import Turn
 from tp_kernels.testing.model_bench.plain_model import LayerWeights, PlainModel
+from tp_kernels.testing.model_bench.sums import Sums
 
 __all__ = ["EngineContender", "FullWeights", "make_model", "plain_view", "quantized", "sharing"]
 
@@ -61,8 +62,8 @@ def quantized(model: ParallelCausalLM, kind: str) -> ParallelCausalLM:
     return quantize_model(copy.deepcopy(model), kind)
 
 
-def plain_view(model: ParallelCausalLM) -> PlainModel:
-    """The hand-written model on the weights of this rank's part of ``model``."""
+def plain_view(model: ParallelCausalLM, sums: Sums | None = None) -> PlainModel:
+    """The hand-written model on the weights of this rank's part of ``model``, over all ranks with ``sums``."""
     layers = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -89,6 +90,8 @@ def plain_view(model: ParallelCausalLM) -> PlainModel:
         head_dim=config.head_dim,
         theta=config.rope_theta,
         eps=config.rms_norm_eps,
+        sums=sums,
+        first_word=model.model.embed_tokens.vocab_range.start,
     )
 
 
@@ -113,7 +116,7 @@ class FullWeights:
         """The model in ``dtype``; its layers are made whenever they are asked for."""
         config = self._config
         return PlainModel(
-            self._tensor("model.embed_tokens.weight", dtype),
+            self.embedding(dtype),
             _Layers(self, dtype),
             self._tensor("model.norm.weight", dtype),
             self._tensor("lm_head.weight", dtype),
@@ -123,6 +126,10 @@ class FullWeights:
             theta=config.rope_theta,
             eps=config.rms_norm_eps,
         )
+
+    def embedding(self, dtype: torch.dtype) -> Tensor:
+        """The whole embedding."""
+        return self._tensor("model.embed_tokens.weight", dtype)
 
     def layer(self, number: int, dtype: torch.dtype) -> LayerWeights:
         """Weights of one layer."""
@@ -195,9 +202,18 @@ class EngineContender:
             found.append(engine.read())
         return torch.tensor([[tokens[row] for tokens in found] for row in rows], device=ids.device)
 
+    def first_tokens(self, prompts: Sequence[Tensor]) -> Tensor:
+        engine = self._engine(len(prompts), max(map(len, prompts)))
+        rows = engine.prefill([prompt.tolist() for prompt in prompts])
+        tokens = engine.read()
+        return torch.tensor([tokens[row] for row in rows], device=prompts[0].device)
+
     def prefill(self, ids: Tensor) -> Turn:
-        engine, prompts = self._engine(*ids.shape), ids.tolist()
-        return Turn(lambda: engine.prefill(prompts), engine.reset)
+        return self.prefill_mixed(ids)
+
+    def prefill_mixed(self, prompts: Sequence[Tensor]) -> Turn:
+        engine, lists = self._engine(len(prompts), max(map(len, prompts))), [prompt.tolist() for prompt in prompts]
+        return Turn(lambda: engine.prefill(lists), engine.reset)
 
     def decode(self, batch: int, context: int, steps: int) -> Turn:
         engine = self._engine(batch, context + steps)

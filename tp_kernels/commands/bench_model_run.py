@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from tp_kernels import one_gpu
-from tp_kernels.commands.bench_model_ours import (
-    EngineContender,
-    FullWeights,
-    make_model,
-    plain_view,
-    quantized,
-    sharing,
-)
+from tp_kernels.commands.bench_model_ours import EngineContender, FullWeights, make_model, quantized, sharing
+from tp_kernels.commands.bench_model_rivals import NotMade, Rivals, TorchWays, make_rivals, tried_on_all
 from tp_kernels.commands.named_models import config_of
-from tp_kernels.models import ModelConfig
 from tp_kernels.ops.kernels import counters
 from tp_kernels.testing.bench import Timing, interleaved, write_csv
-from tp_kernels.testing.gpu_timer import measure_roofs, raise_if_lost
+from tp_kernels.testing.gpu_timer import measure_roofs
 from tp_kernels.testing.model_bench.budget import goal_of, kv_bytes, prefill_flops, weight_bytes
 from tp_kernels.testing.model_bench.check import Verdict, judge
-from tp_kernels.testing.model_bench.contender import Contender, PlainContender, Turn, release
-from tp_kernels.testing.model_bench.hf_rival import HFContender, hf_model
+from tp_kernels.testing.model_bench.contender import Contender, Turn, release
 from tp_kernels.testing.model_bench.profile import Profile, profile_rows, profiled
 from tp_kernels.testing.model_bench.report import Case, Entry, case_lines, rows_of
 from tp_kernels.testing.op_bench.shapes import MODELS
 from tp_kernels.testing.rank_bench import time_turns
 
-__all__ = ["Run"]
+__all__ = ["CHECK_BATCH", "CHECK_TOKENS", "Run"]
 
-_CHECK_BATCH, _CHECK_TOKENS, _CHECK_STEPS = 2, 17, 4
-# A graph is for one token a row.
-_DECODE_ONLY = ("torch graph", "torch graph one length")
+CHECK_BATCH, CHECK_TOKENS = 2, 17
+_CHECK_STEPS = 4
+_CHECK_MIXED = (5, CHECK_TOKENS, 1)
 
 
 class Run:
@@ -50,9 +42,18 @@ class Run:
         group: of the ranks, with a CPU transport; None for one rank.
         symm: a ``SymmetricMemoryCommunicator`` of the ranks, over which they meet on their GPUs; None elsewhere.
         device: of the models.
+        ways: what torch has for sums over the ranks, for the rivals; None for one rank, or to do without rivals.
     """
 
-    def __init__(self, options: Any, groups: Mapping[str, Any], group: Any, symm: Any, device: torch.device):
+    def __init__(
+        self,
+        options: Any,
+        groups: Mapping[str, Any],
+        group: Any,
+        symm: Any,
+        device: torch.device,
+        ways: TorchWays | None = None,
+    ):
         self._options, self._group, self._symm, self._device = options, group, symm, device
         self._started = time.monotonic()
         self._dtype = getattr(torch, options.dtype)
@@ -76,32 +77,33 @@ class Run:
         self._contenders: dict[str, Contender] = {
             name: EngineContender(model, capture) for name, (model, *_) in self._ours.items()
         }
-        if group is None:
-            self._contenders |= self._rivals()
+        self._rivals = self._make_rivals(ways)
+        self._contenders |= self._rivals.contenders
+        made = self._rivals.contenders.items()
+        self._unchecked |= {name: rival.failure for name, rival in made if isinstance(rival, NotMade)}
 
-    def _rivals(self) -> dict[str, Contender]:
-        plain = plain_view(self._whole)
-        states: dict[tuple[int, int], Any] = {}
-        found: dict[str, Contender] = {
-            f"torch {how}": PlainContender(plain, how, states) for how in PlainContender.WAYS
-        }
-        if self._options.transformers and self._options.shard == 1:
-            try:
-                model = hf_model(self._config.model_type, _hf_sizes(self._config), plain)
-                found["transformers"] = HFContender(model)
-            except Exception as error:  # not installed, or of a version that wants to be called otherwise
-                found["transformers"] = _NotMade(error)
-        return found
+    def _make_rivals(self, ways: TorchWays | None) -> Rivals:
+        options = self._options
+        if self._group is not None and ways is None:
+            return Rivals()
+        left_out = "" if options.transformers else "--no-transformers"
+        if options.shard > 1:
+            left_out = left_out or "it has no shard without the others"
+        elif ways is not None and ways.process_group is None:
+            left_out = left_out or "it adds by NCCL, and that is left out"
+        return make_rivals(self._whole, self._dtype, self._group, ways, left_out)
 
     def measure(self) -> list[dict[str, Any]]:
         """Check the contenders and measure all cases; the rows, the same on all ranks."""
         self._say(self._headline())
+        for name, why in self._rivals.left_out.items():
+            self._say(f"# left out: {name} ({why})")
         if self._options.shard == 1:
             self._check()
         rows: list[dict[str, Any]] = []
         for case in self._options.cases():
             if self._time_is_over():
-                self._say(f"{case}: left out, --minutes {self._options.minutes:g} were over")
+                self._say(f"{case}: {self._over}")
                 continue
             found = rows_of(self._common(), case, self._case(case), self._roofs)
             self._say("\n".join(case_lines(case, found)))
@@ -117,6 +119,7 @@ class Run:
         rows: list[dict[str, Any]] = []
         for case in self._options.cases():
             calls = self._options.steps if case.what == "decode" else 1
+            sizes = {**case._asdict(), "lengths": "+".join(map(str, case.lengths))}
             for name in self._ours:
                 if self._time_is_over():
                     return
@@ -130,7 +133,7 @@ class Run:
                 whole = found.busy + found.gaps
                 launches = sum(count for count, _ in found.kernels.values())
                 print(f"# {case}, {name}: {launches:.0f} kernels, busy {found.busy:.0f} of {whole:.0f} us", flush=True)
-                rows += profile_rows({**self._common(), **case._asdict(), "contender": name}, found)
+                rows += profile_rows({**self._common(), **sizes, "contender": name}, found)
                 write_csv(file, rows)
 
     def _profile_one(self, name: str, case: Case, calls: int) -> Profile:
@@ -143,29 +146,37 @@ class Run:
     def _check(self) -> None:
         """Judge what every contender writes; where communication is switched off there is nothing to judge."""
         generator = torch.Generator().manual_seed(11)
-        ids = torch.randint(0, self._shapes_whole.vocab, (_CHECK_BATCH, _CHECK_TOKENS), generator=generator)
+        ids = torch.randint(0, self._shapes_whole.vocab, (CHECK_BATCH, CHECK_TOKENS), generator=generator)
         ids = ids.to(self._device)
+        mixed = [ids[0, :length] for length in _CHECK_MIXED] if "mixed" in self._options.what else []
         for kind in dict.fromkeys(["none", *self._options.quantize]):
             written = {}
             for name, contender in self._contenders.items():
                 model, its_kind, off = self._ours.get(name, (self._whole, "none", ""))
-                if its_kind != kind or name == off:
+                if its_kind != kind or name == off or name in self._unchecked:
                     continue
-                tokens, failure = self._tried(name, partial(contender.generate, ids, _CHECK_STEPS))
+                prompts = [] if name in self._rivals.decode_only else mixed
+                tokens, failure = self._tried(name, partial(_written, contender, ids, prompts))
                 contender.close()
                 if tokens is None:
                     self._unchecked[name] = failure
                 else:
                     written[name], of = tokens, model
             if written:
-                self._judge(ids, written, FullWeights(of, kind, self._dtype))
+                self._judge(ids, mixed, written, FullWeights(of, kind, self._dtype))
             self._close_all()
 
-    def _judge(self, ids: torch.Tensor, written: Mapping[str, torch.Tensor], weights: FullWeights) -> None:
+    def _judge(
+        self,
+        ids: torch.Tensor,
+        mixed: Sequence[torch.Tensor],
+        written: Mapping[str, torch.Tensor],
+        weights: FullWeights,
+    ) -> None:
         judged = [Verdict(0.0, 0.0)] * len(written)
         if self._first_rank:
             reference, same_dtype = weights.model(torch.float32), weights.model(self._dtype)
-            judged = [judge(ids, tokens, reference, same_dtype) for tokens in written.values()]
+            judged = [_judged(ids, mixed, tokens, reference, same_dtype) for tokens in written.values()]
         for (name, tokens), verdict in zip(written.items(), judged, strict=True):
             if self._group is not None:
                 shared = self._group.broadcast(torch.tensor(verdict, dtype=torch.float64), 0)
@@ -177,17 +188,14 @@ class Run:
                 self._say(f"# WRONG: {name} is {verdict.error:.3g} below the best logit, {verdict.allowed:.3g} allowed")
 
     def _tried(self, name: str, call: Callable[[], Any]) -> tuple[Any, str]:
-        """(what ``call`` returns, ""), or (None, why it failed). With several ranks a failure is everyone's."""
-        try:
-            return call(), ""
-        except Exception as error:  # out of memory for one contender must not take the others' figures
-            if self._group is not None:
-                raise
-            raise_if_lost(name)
-            failure = f"{type(error).__name__}: {str(error)[:160]}"
-        self._contenders[name].close()
-        release()
-        return None, failure
+        """(what ``call`` returns, ""), or (None, why it failed). With several ranks a failure of ours is everyone's."""
+        if self._group is not None and name in self._ours:
+            return call(), ""  # others wait for this rank inside it: nothing could follow
+        value, failure = tried_on_all(call, self._group, name)
+        if failure:
+            self._contenders[name].close()
+            release()
+        return value, failure
 
     def _close_all(self) -> None:
         """Close all contenders and give back what they held."""
@@ -205,6 +213,8 @@ class Run:
         turns = {}
         for name, entry in entries.items():
             entry.failure = self._unchecked.get(name, "")
+            if not entry.failure and turns and self._time_is_over():
+                entry.failure = self._over
             if not entry.failure:
                 turns[name], entry.failure = self._tried(name, partial(self._turn, name, case))
             if entry.failure:
@@ -219,23 +229,28 @@ class Run:
         return entries
 
     def _takes_part(self, name: str, case: Case) -> bool:
-        return case.what == "decode" or name not in _DECODE_ONLY
+        return case.what == "decode" or name not in self._rivals.decode_only
 
     def _turn(self, name: str, case: Case) -> Turn:
         """The turn of a contender, after one that compiles and captures what it needs."""
         contender = self._contenders[name]
         if self._group is not None:
             self._group.barrier()
-        if case.what == "prefill":
+        if case.what == "decode":
+            turn = contender.decode(case.batch, case.context, self._options.steps)
+        else:
             generator = torch.Generator().manual_seed(12)
             # Of this rank's words, since without sums there are zeros for all others: a GPU multiplies these faster.
             words = self._whole.model.embed_tokens.vocab_range
             ids = torch.randint(words.start, words.stop, (case.batch, case.tokens), generator=generator)
-            if self._group is not None and name != self._ours[name][2]:
+            silent = name in self._ours and name == self._ours[name][2]
+            if self._group is not None and not silent:
                 ids = self._group.broadcast(ids, 0)
-            turn = contender.prefill(ids.to(self._device))
-        else:
-            turn = contender.decode(case.batch, case.context, self._options.steps)
+            ids = ids.to(self._device)
+            if case.what == "prefill":
+                turn = contender.prefill(ids)
+            else:
+                turn = contender.prefill_mixed([row[:n] for row, n in zip(ids, case.lengths, strict=True)])
         turn.reset()
         turn.play()
         if self._device.type == "cuda":
@@ -266,11 +281,14 @@ class Run:
         model, kind, off = self._ours.get(name, (self._whole, "none", ""))
         ours = name in self._ours
         entry = Entry(ours, kind, verdict=self._verdicts.get(name), off=off)
-        entry.bytes = weight_bytes(_tensors(model), model.model.embed_tokens.weight, case.batch * case.tokens)
-        if case.what == "prefill":
-            entry.flops = prefill_flops(self._shapes, layers, case.batch, case.tokens)
-        else:
+        if self._group is not None:
+            entry.sums = name.split()[0] if ours else self._rivals.sums[name]
+        entry.bytes = weight_bytes(_tensors(model), model.model.embed_tokens.weight, case.new_tokens)
+        if case.what == "decode":
             entry.bytes += kv_bytes(self._shapes, layers, case.batch, case.context, self._dtype.itemsize)
+        else:
+            lengths = case.lengths or (case.tokens,) * case.batch
+            entry.flops = sum(prefill_flops(self._shapes, layers, 1, tokens) for tokens in lengths)
         if ours and name.split()[0] == self._aimed:
             entry.goal = goal_of(
                 torch.cuda.get_device_name() if self._device.type == "cuda" else "",
@@ -289,6 +307,10 @@ class Run:
         return entry
 
     # ---- the rest --------------------------------------------------------------------------------------------------
+
+    @property
+    def _over(self) -> str:
+        return f"left out, --minutes {self._options.minutes:g} were over"
 
     @property
     def _shapes_whole(self) -> Any:
@@ -329,27 +351,25 @@ class Run:
         }
 
 
-class _NotMade:
-    """In the place of a contender that could not be made: the check fails by why, and rows say it."""
+def _written(contender: Contender, ids: torch.Tensor, mixed: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a contender writes after ``ids``, and then the first tokens that it writes after ``mixed``, in one row."""
+    tokens = contender.generate(ids, _CHECK_STEPS).flatten()
+    if not mixed:
+        return tokens
+    contender.close()
+    return torch.cat((tokens, contender.first_tokens(mixed)))
 
-    def __init__(self, error: Exception):
-        self._error = error.with_traceback(None)
 
-    def generate(self, ids: torch.Tensor, steps: int) -> torch.Tensor:
-        raise self._error
-
-    def close(self) -> None:
-        pass
+def _judged(
+    ids: torch.Tensor, mixed: Sequence[torch.Tensor], written: torch.Tensor, reference: Any, same_dtype: Any
+) -> Verdict:
+    """The verdict on what ``_written`` returned: the worst of its parts."""
+    count = ids.shape[0] * (_CHECK_STEPS + 1)
+    found = [judge(ids, written[:count].view(ids.shape[0], -1), reference, same_dtype)]
+    for prompt, token in zip(mixed, written[count:], strict=False):  # none of those that run no prompts
+        found.append(judge(prompt.unsqueeze(0), token.view(1, 1), reference, same_dtype))
+    return next((verdict for verdict in found if not verdict.good), found[0])
 
 
 def _tensors(model: Any) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
-
-
-def _hf_sizes(config: ModelConfig) -> dict[str, Any]:
-    """The same model in the words of transformers' configurations."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
-    sizes = {name: getattr(config, name) for name in names}
-    sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return sizes | ({"sliding_window": None} if config.model_type == "mistral" else {})

@@ -33,6 +33,7 @@ import torch
 from tp_kernels.inference.decode_loop import DecodedBatch, decode_batch
 from tp_kernels.inference.device_sampling import choose_by_chance, choose_greedily
 from tp_kernels.inference.gpu_step import FusedStep
+from tp_kernels.inference.group_end import close_with_group
 from tp_kernels.inference.paged_cache import PagedKVCache, upload
 from tp_kernels.inference.prompts import check_prompts, passes
 from tp_kernels.inference.sampling import RowSampler, SamplingParams
@@ -117,6 +118,7 @@ class DecodeEngine:
         self._kept: list[Any] = []  # what graphs point at and others might free
         self._closed = False
         self._forget()
+        close_with_group(self.group, self)
 
     def _forget(self) -> None:
         """No rows, nothing launched."""

@@ -1,6 +1,8 @@
 """Engines that ``generate`` uses again: a model's last one is kept for as long as the model lives.
 
 An engine holds the model's layers, not the model, so nothing here keeps a model alive; with it go its graphs and cache.
+Closing a group closes the engines of its models before its communicator, which their graphs have captured: also an
+engine that is in use, whose next call then says that it is closed.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tp_kernels.inference.engine import DecodeEngine
@@ -15,6 +18,7 @@ from tp_kernels.inference.gpu_step import FusedStep
 from tp_kernels.inference.step_graph import BATCH_SIZES, holds_anywhere
 
 if TYPE_CHECKING:
+    from tp_kernels.comm.tp_group import TPGroup
     from tp_kernels.models.causal_lm import ParallelCausalLM
 
 __all__ = ["engine_for"]
@@ -24,6 +28,8 @@ _PAGE = 64
 _ROOM = 256
 
 _idle: weakref.WeakKeyDictionary[Any, tuple[tuple, DecodeEngine]] = weakref.WeakKeyDictionary()
+# Groups that are open and had an engine.
+_groups: weakref.WeakSet[TPGroup] = weakref.WeakSet()
 
 
 @contextmanager
@@ -45,6 +51,8 @@ def engine_for(model: ParallelCausalLM, capacities: Sequence[int]) -> Iterator[D
     except BaseException:
         engine.close()  # what went wrong may have left steps on the device
         raise
+    if engine.cache is None:  # closed meanwhile, with its group
+        return
     _, other = _idle.pop(model, (None, None))
     if other is not None:  # made while this one was in use
         other.close()
@@ -54,13 +62,25 @@ def engine_for(model: ParallelCausalLM, capacities: Sequence[int]) -> Iterator[D
 def _new_engine(model: ParallelCausalLM, capacities: Sequence[int]) -> DecodeEngine:
     longest = model.config.max_position_embeddings
     roomy = [min(-(-tokens // _ROOM) * _ROOM, longest) for tokens in capacities]
-    return DecodeEngine(
+    engine = DecodeEngine(
         model,
         max_batch=next(size for size in BATCH_SIZES if size >= len(capacities)),
         max_len=max(roomy),
         page_size=_PAGE,
         num_pages=sum(-(-tokens // _PAGE) for tokens in roomy),
     )
+    if model.group not in _groups:
+        _groups.add(model.group)
+        model.group.before_close(partial(_forget_engines, weakref.ref(model.group)))
+    return engine
+
+
+def _forget_engines(group: weakref.ref[TPGroup]) -> None:
+    """Drop the idle engines of a group that is being closed, each of which is closed with it."""
+    _groups.discard(group())
+    for model, (_, engine) in list(_idle.items()):
+        if engine.group is group():
+            del _idle[model]
 
 
 def _fingerprint(model: ParallelCausalLM) -> tuple:

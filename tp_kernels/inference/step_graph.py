@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tp_kernels._capture import capture_graph
 from tp_kernels.comm.errors import CommError
 from tp_kernels.comm.policy import BackendUnavailableError
 
@@ -91,19 +92,15 @@ class CudaRecorder:
                 warm_up()
             current.wait_stream(self._stream)
             torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
             if not self._alive:  # PyTorch may refuse the pool of graphs that are all gone ("use_count > 0")
                 self._pool = torch.cuda.graph_pool_handle()
             try:
-                # Other threads (of NCCL, say) may go on asking CUDA for this and that.
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    function()
+                graph = capture_graph(function, stream=self._stream, pool=self._pool)
             except BackendUnavailableError as error:
                 raise CaptureFailed(str(error)) from error
             except CommError:
                 raise
             except Exception as error:
-                torch.cuda.synchronize(self._device)
                 reason = next(iter(str(error).splitlines()), "")[:200]
                 raise CaptureFailed(f"{type(error).__name__}: {reason}") from error
         self._alive.add(graph)

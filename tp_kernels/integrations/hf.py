@@ -141,6 +141,7 @@ class _Patch:
             self._embeddings()
         if options["attention"]:
             model.model.__class__ = adapted_class(type(model.model), ModelAdapter)
+            model.model.tp_group = self.group
             model.model.tp_windows = any(layer.self_attn.tp_window is not None for layer in model.model.layers)
         model.__class__ = adapted_class(type(model), CausalLMAdapter)
         model.tp_group, model.tp_report, model._tp_shared = self.group, self.report, SharedModel()

@@ -15,15 +15,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tp_kernels import ops
 from tp_kernels.integrations.hf_packing import PackedLinears
 
-__all__ = ["IMPLEMENTATION", "PARTIAL_SUM", "PLAIN_MASK", "AttentionAdapter"]
+__all__ = ["BEFORE_OUTPUT", "IMPLEMENTATION", "PLAIN_MASK", "AttentionAdapter"]
 
 IMPLEMENTATION = "sdpa"
 
 # Keyword arguments between our adapters, through transformers' code. The mask is causal, within the window if there is
 # one, and nothing else: it need not be looked at.
 PLAIN_MASK = "tp_plain_mask"
-# The output projection's sum over the ranks is left to the caller.
-PARTIAL_SUM = "tp_partial_sum"
+# The output projection is left to the caller, with its sum over the ranks.
+BEFORE_OUTPUT = "tp_before_output"
 
 # Keyword arguments of transformers' attention functions that change the result.
 _BEYOND_US = ("position_bias", "softcap", "cache", "s_aux")
@@ -54,7 +54,7 @@ class AttentionAdapter(PackedLinears):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As transformers' ``forward``: [B, S, hidden] -> ([B, S, hidden], attention weights or None)."""
-        plain, partial = kwargs.pop(PLAIN_MASK, False), kwargs.pop(PARTIAL_SUM, False)
+        plain, before = kwargs.pop(PLAIN_MASK, False), kwargs.pop(BEFORE_OUTPUT, False)
         if not self.runs_here(past_key_values):
             return super().forward(
                 hidden_states,
@@ -74,7 +74,7 @@ class AttentionAdapter(PackedLinears):
             k, v = past_key_values.update(k, v, self.layer_idx)
         mixed, weights = self._mix(q, k, v, attention_mask, plain, kwargs)
         mixed = mixed.reshape(batch, length, -1)
-        return (self.o_proj.partial_sum(mixed) if partial else self.o_proj(mixed)), weights
+        return (mixed if before else self.o_proj(mixed)), weights
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         joined = self.joined()

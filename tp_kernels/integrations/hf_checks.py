@@ -12,6 +12,7 @@ from torch import nn
 from tp_kernels.checkpoint.sharding import shard_heads
 from tp_kernels.comm.overlap import check_offered
 from tp_kernels.comm.tp_group import TPGroup
+from tp_kernels.integrations._group_checks import check_model_device
 from tp_kernels.integrations.hf_packing import unobserved
 
 __all__ = ["FAMILIES", "Family", "check_model", "gate_is_silu", "options_text"]
@@ -89,6 +90,7 @@ def check_model(model: Any, group: TPGroup, *, linear: bool, overlap: str) -> Fa
     _check_state(model)
     _check_modules(model, family)
     _check_parameters(model)
+    check_model_device(model, group)
     device = model.lm_head.weight.device
     if overlap in ("chunked", "fused") and device.type != "meta":
         check_offered(overlap, group, device)

@@ -10,11 +10,14 @@ from transformers.cache_utils import DynamicCache
 
 from tp_kernels import ops
 from tp_kernels.comm.functional import copy_to_tensor_parallel
-from tp_kernels.integrations.hf_attention import IMPLEMENTATION, PARTIAL_SUM, PLAIN_MASK, AttentionAdapter
-from tp_kernels.integrations.hf_packing import unobserved
+from tp_kernels.integrations.hf_attention import BEFORE_OUTPUT, IMPLEMENTATION, PLAIN_MASK, AttentionAdapter
+from tp_kernels.integrations.hf_handover import HANDOVER, Handover
+from tp_kernels.integrations.hf_mlp import MLPAdapter
+from tp_kernels.integrations.hf_packing import reads_only, unobserved
+from tp_kernels.layers.decoder import may_join_norms
 from tp_kernels.layers.linear import RowParallelLinear
 from tp_kernels.ops._gpu import autocast_dtype
-from tp_kernels.ops.all_reduce_norm import fused_norm_reason
+from tp_kernels.ops._library import PLAIN_TYPES, watched
 
 __all__ = ["DecoderLayerAdapter", "HeadNormAdapter", "ModelAdapter", "NormAdapter"]
 
@@ -22,9 +25,19 @@ __all__ = ["DecoderLayerAdapter", "HeadNormAdapter", "ModelAdapter", "NormAdapte
 class NormAdapter:
     """Takes the place of ``forward`` in ``LlamaRMSNorm`` and its like: fp32 statistics, cast back, times the weight."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., H]."""
-        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    @property
+    def eps(self) -> float:
+        """As ``RMSNorm`` calls it."""
+        return self.variance_epsilon
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
+        """[..., H] -> [..., H]; with ``residual`` ``(norm of the sum, sum)``, as ``RMSNorm``."""
+        if residual is None:
+            return ops.rms_norm(hidden_states, self.weight, self.eps)
+        if residual.dtype is not hidden_states.dtype:  # autocast: a bf16 matmul result meets an fp32 residual stream
+            summed = residual + hidden_states
+            return ops.rms_norm(summed, self.weight, self.eps), summed
+        return ops.add_rms_norm(hidden_states, residual, self.weight, self.eps)
 
 
 class HeadNormAdapter:
@@ -52,62 +65,87 @@ class HeadNormAdapter:
 class DecoderLayerAdapter:
     """Takes the place of ``forward`` in ``LlamaDecoderLayer`` and its like.
 
-    The residual's addition and the norm behind it are one pass; without gradients, and where the group offers it, the
-    attention's sum over the ranks is part of that pass. What a layer takes and returns is what transformers' does.
+    The residual's addition and the norm behind it are one pass. Without gradients that pass takes the sum over the
+    ranks along where ``RowParallelLinear.norm_path`` knows a way: the attention's with the norm in this layer, the
+    MLP's with the next layer's first norm, whose result a ``Handover`` brings there. The last layer's goes without:
+    transformers' model calls the final norm with nothing but the hidden states. What a layer takes and returns is what
+    transformers' does.
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, S, hidden] -> [B, S, hidden]; the rest goes to the attention."""
         if args:  # transformers' models pass these by name
             kwargs = dict(zip(_LAYER_ARGUMENTS, args, strict=False)) | kwargs
-        attention, norm = self.self_attn, self.post_attention_layernorm
-        residual = hidden_states
-        fused = self._fuses(hidden_states, kwargs.get("past_key_values"))
-        if fused:
-            kwargs[PARTIAL_SUM] = True
-        x, _ = attention(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        if fused:
-            bias = attention.o_proj.bias
-            x, residual = ops.all_reduce_add_rms_norm(
-                x, residual, norm.weight, norm.variance_epsilon, self.tp_group, bias
-            )
+        attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
+        handover, residual = kwargs.pop(HANDOVER, None), hidden_states
+        normed = None if handover is None else handover.take(hidden_states)
+        if normed is None:
+            normed = self.input_layernorm(hidden_states)
+        path = self._path_between(hidden_states, kwargs.get("past_key_values"))
+        if path != "apart":
+            kwargs[BEFORE_OUTPUT] = True
+        x, _ = attention(hidden_states=normed, **kwargs)
+        if path != "apart":
+            x, residual = attention.o_proj.forward_norm(x, residual, norm, path=path)
         elif isinstance(norm, NormAdapter) and unobserved(norm) and residual.dtype is x.dtype:
-            x, residual = ops.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+            x, residual = norm(x, residual)
         else:
             residual = residual + x
             x = norm(residual)
-        return residual + self.mlp(x)
+        following = None if handover is None else handover.norm_behind(self)
+        path = "apart" if following is None else self._path_behind(x, following)
+        if path == "apart":
+            return residual + mlp(x)
+        x, residual = mlp.down_proj.forward_norm(mlp.gated(x), residual, following, path=path)
+        handover.put(residual, x)
+        return residual
 
-    def _fuses(self, x: torch.Tensor, past_key_values: Any) -> bool:
-        """Whether the attention's sum over the ranks may be left to the norm behind it."""
-        group, attention, norm = self.tp_group, self.self_attn, self.post_attention_layernorm
-        if group.world_size == 1 or not getattr(group.communicator, "fused_norm", False):
-            return False
-        if not (isinstance(attention, AttentionAdapter) and isinstance(norm, NormAdapter) and unobserved(norm)):
-            return False
-        output = attention.o_proj
-        return (
-            type(output) is RowParallelLinear
-            and unobserved(output)
-            and output.overlap in ("auto", "none")
-            and "forward" not in vars(attention)
-            and all(_reads_weights_only(hook) for hook in attention._forward_hooks.values())
-            and not (attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks)
-            and not _has_any_global_hook()
-            and autocast_dtype(x) is None
-            and attention.runs_here(past_key_values)
-            and not torch.is_grad_enabled()
-            and output.input_dtype is x.dtype
-            and fused_norm_reason(x, x, norm.weight, group, output.bias) is None
-        )
+    def _path_between(self, x: torch.Tensor, past_key_values: Any) -> str:
+        """``RowParallelLinear.norm_path`` of the attention's sum, or "apart" where someone would see the difference."""
+        attention, norm = self.self_attn, self.post_attention_layernorm
+        if not may_join_norms(self.tp_group) or not isinstance(attention, AttentionAdapter):
+            return "apart"
+        if (
+            "forward" in vars(attention)
+            or attention._forward_pre_hooks
+            or attention._backward_hooks
+            or attention._backward_pre_hooks
+            or not all(reads_only(hook) for hook in attention._forward_hooks.values())  # it sees no hidden states
+            or not attention.runs_here(past_key_values)
+        ):
+            return "apart"
+        return _path(x, attention.o_proj, norm)
+
+    def _path_behind(self, x: torch.Tensor, norm: Any) -> str:
+        """The same for the MLP's sum and the norm behind it."""
+        mlp = self.mlp
+        if not may_join_norms(self.tp_group) or not isinstance(mlp, MLPAdapter) or not unobserved(mlp):
+            return "apart"
+        return _path(x, mlp.down_proj, norm)
 
 
 _LAYER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
 
 
-def _reads_weights_only(hook: Any) -> bool:
-    """Whether a forward hook is the one by which transformers records attention weights: it sees no hidden states."""
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+def _path(x: torch.Tensor, projection: Any, norm: Any) -> str:
+    """``norm_path`` of ``projection`` for a pass with ``x``, or "apart" where its sum and ``norm`` are to be apart."""
+    dtype = x.dtype
+    if (
+        type(projection) is RowParallelLinear
+        and unobserved(projection)
+        and isinstance(norm, NormAdapter)
+        and unobserved(norm)
+        and not torch.is_grad_enabled()
+        and not _has_any_global_hook()
+        and not watched()
+        and autocast_dtype(x) is None
+        and projection.input_dtype is dtype
+        and norm.weight.dtype is dtype
+        and all(type(tensor) in PLAIN_TYPES for tensor in (x, projection.weight, norm.weight))
+        and x.device.type == projection.group.device_type
+    ):
+        return projection.norm_path(x)
+    return "apart"
 
 
 class ModelAdapter:
@@ -117,6 +155,7 @@ class ModelAdapter:
     a cache, and our attention, which needs none, could not tell it from one with padding.
 
     Attributes:
+        tp_group: the ``TPGroup`` of the layers, to which a ``Handover`` is given where their sums can use it.
         tp_windows: whether some layer has a sliding window.
     """
 
@@ -132,6 +171,13 @@ class ModelAdapter:
     ):
         """As transformers' ``forward``."""
         tokens = input_ids if input_ids is not None else inputs_embeds
+        if (
+            may_join_norms(self.tp_group)
+            and not torch.is_grad_enabled()
+            and not watched()
+            and all(isinstance(layer, DecoderLayerAdapter) for layer in self.layers)
+        ):
+            kwargs[HANDOVER] = Handover(self.layers)
         if tokens is not None and self._plain_mask(tokens.shape[1], attention_mask, position_ids, past_key_values):
             kwargs[PLAIN_MASK] = True
         return super().forward(

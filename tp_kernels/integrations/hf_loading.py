@@ -12,6 +12,7 @@ from tp_kernels.checkpoint import CheckpointError, DistributedCheckpointLoader
 from tp_kernels.checkpoint.agreement import agree
 from tp_kernels.comm.process_group import resolve_group
 from tp_kernels.comm.tp_group import TPGroup
+from tp_kernels.integrations._group_checks import check_carries
 from tp_kernels.integrations.hf import apply_tp_kernels
 from tp_kernels.ops import advise_huge
 
@@ -55,6 +56,7 @@ def from_pretrained(
         raise ValueError(f"dtype must be None or one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
     group = resolve_group(group)
     device = group.device if device is None else torch.device(device)
+    check_carries(group, device)
     folder = _local_folder(path, group)
     with DistributedCheckpointLoader(folder, group, progress=progress) as loader:
         model, error = None, None

@@ -24,7 +24,7 @@ from tp_kernels.layers.base import TensorParallelLayer
 from tp_kernels.layers.linear import ColumnParallelLinear
 from tp_kernels.ops._library import watched
 
-__all__ = ["HeadParallelLinear", "PackedLinears", "adapted_class", "repack", "separate", "unobserved"]
+__all__ = ["HeadParallelLinear", "PackedLinears", "adapted_class", "reads_only", "repack", "separate", "unobserved"]
 
 
 @functools.cache
@@ -47,6 +47,11 @@ def unobserved(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
+
+
+def reads_only(hook: Any) -> bool:
+    """Whether a forward hook is one by which transformers records outputs: it changes nothing."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 class _SumOverReplicas(torch.autograd.Function):

@@ -46,7 +46,7 @@ class ParallelAttention(TensorParallelLayer):
         rope: rotary embedding, shared by the layers of a model; None for no positions.
         sliding_window: a token sees only this many last positions, its own included; None for all.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
-        overlap: see ``RowParallelLinear``.
+        overlap: see ``RowParallelLinear``; with ``sequence_parallel`` for both projections (``ColumnParallelLinear``).
         sequence_parallel: input and output are this rank's part of the sequence, in ``shard_range``'s parts; positions
             are those of the whole sequence. Not with a cache.
         group: TPGroup, process group or mesh; None is the default group, or one rank.
@@ -108,7 +108,9 @@ class ParallelAttention(TensorParallelLayer):
         self.norm_eps = norm_eps
         self.sequence_parallel = sequence_parallel
         factory = {"group": self.group, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
-        self._add_fused("qkv_proj", QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, bias, **factory))
+        gathering = overlap if sequence_parallel else "auto"
+        qkv = QKVParallelLinear(hidden_size, head_dim, num_heads, num_kv_heads, bias, overlap=gathering, **factory)
+        self._add_fused("qkv_proj", qkv)
         sizes = shard_heads_sizes(num_heads, num_kv_heads, self.tp_size)
         self.o_proj = RowParallelLinear(
             num_heads * head_dim,
@@ -131,7 +133,6 @@ class ParallelAttention(TensorParallelLayer):
         x: torch.Tensor,
         positions: torch.Tensor | None = None,
         cache: LayerKVCache | PackedLayerKVCache | None = None,
-        reduce_results: bool = True,
         sequence_sizes: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Attend.
@@ -141,11 +142,23 @@ class ParallelAttention(TensorParallelLayer):
             positions: int64 [S] or [B, S] for the rotation; by default 0 .. S-1, with a cache the slots written.
             cache: keys and values so far; see ``LayerKVCache``. A ``PackedLayerKVCache`` takes pieces of several rows
                 as one: B is 1, and positions are those of its plan.
-            reduce_results: False returns ``o_proj``'s ``partial_sum`` and leaves the rest to the caller.
             sequence_sizes: with ``sequence_parallel``, every rank's length; None asks the other ranks.
 
         Returns:
             [B, S, hidden_size].
+        """
+        return self.o_proj(self.attend(x, positions, cache, sequence_sizes))
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: LayerKVCache | PackedLayerKVCache | None = None,
+        sequence_sizes: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """What ``forward`` projects with ``o_proj``: [B, S, heads of this rank * head_dim]. Same arguments.
+
+        With ``sequence_parallel`` S is that of all ranks.
         """
         if not isinstance(x, torch.Tensor) or x.dim() != 3:
             got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
@@ -167,8 +180,7 @@ class ParallelAttention(TensorParallelLayer):
             mixed = self._mix_cached(x, positions, cache)
         else:
             mixed = self._mix(self.qkv_proj(x) if qkv is None else qkv, positions)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, self._width_local)
-        return self.o_proj(mixed) if reduce_results else self.o_proj.partial_sum(mixed)
+        return mixed.transpose(1, 2).reshape(batch, length, self._width_local)
 
     def _mix(self, qkv: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Attention among tokens without a past: [B, heads of this rank, S, head_dim]."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from tp_kernels.comm.tp_group import TPGroup
 from tp_kernels.layers.attention import ParallelAttention
 from tp_kernels.layers.kv_cache import LayerKVCache, PackedLayerKVCache
 from tp_kernels.layers.linear import RowParallelLinear
@@ -18,19 +19,45 @@ from tp_kernels.layers.rotary import RotaryEmbedding
 from tp_kernels.ops._gpu import autocast_dtype
 from tp_kernels.ops._library import PLAIN_TYPES, watched
 
-__all__ = ["ParallelDecoderLayer", "PartialSum", "is_plain"]
+__all__ = ["ParallelDecoderLayer", "PartialSum", "is_plain", "may_join_norms"]
 
 
 class PartialSum(NamedTuple):
-    """A row-parallel layer's result before the sum over the ranks, for the norm that follows.
+    """A row-parallel projection and its sum over the ranks, left to the norm that follows.
 
     Attributes:
-        partial: this rank's part; good until the next partial sum (see ``RowParallelLinear.partial_sum``).
-        bias: to be added to the sum, or None.
+        x: [..., in_features_local], the projection's input.
+        projection: the layer.
+        path: how both will be done, see ``RowParallelLinear.norm_path``.
     """
 
-    partial: torch.Tensor
-    bias: torch.Tensor | None
+    x: torch.Tensor
+    projection: RowParallelLinear
+    path: str
+
+    @property
+    def partial(self) -> torch.Tensor:
+        """This rank's part of the sum; good until the next partial sum (see ``RowParallelLinear.partial_sum``)."""
+        return self.projection.partial_sum(self.x)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """To be added to the sum, or None."""
+        return self.projection.bias
+
+    def add_norm(
+        self, norm: nn.Module, residual: torch.Tensor, *, gather_sum: bool = True, shared: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``norm(projection(x), residual)``; see ``RowParallelLinear.forward_norm``."""
+        return self.projection.forward_norm(
+            self.x, residual, norm, path=self.path, gather_sum=gather_sum, shared=shared
+        )
+
+
+def may_join_norms(group: TPGroup) -> bool:
+    """Whether a sum over the ranks of ``group`` can ever be done together with the norm behind it."""
+    communicator = group.communicator
+    return group.world_size > 1 and bool(communicator.overlap_modes or getattr(communicator, "fused_norm", False))
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
@@ -56,7 +83,9 @@ class ParallelDecoderLayer(nn.Module):
         intermediate_size, activation: see ``ParallelMLP``.
         norm_eps: of all norms.
         qkv_bias, o_bias, mlp_bias: which projections carry a bias.
-        overlap: see ``RowParallelLinear``.
+        overlap: how communication may overlap the projections: see ``RowParallelLinear`` and, for
+            ``sequence_parallel``, ``ColumnParallelLinear``. Without gradients an overlapped sum takes the residual and
+            the norm behind it along (see ``fuses_norms``).
         sequence_parallel: the block takes and returns this rank's part of the sequence, in ``shard_range``'s parts, so
             that norms and residuals are not repeated on every rank. Not with a cache.
         group: TPGroup, process group or mesh; None is the default group, or one rank.
@@ -131,79 +160,69 @@ class ParallelDecoderLayer(nn.Module):
             residual: the previous layer's second result; None for the first layer.
             positions: see ``ParallelAttention.forward``.
             cache: this layer's ``LayerKVCache``, or ``PackedLayerKVCache``.
-            keep_partial: return a ``PartialSum`` and leave the MLP's sum over the ranks to the norm that follows; only
+            keep_partial: return a ``PartialSum`` and leave the MLP's down projection to the norm that follows; only
                 where ``fuses_norms`` holds. The residual is then valid only as far as that norm needs it.
             sequence_sizes: with ``sequence_parallel``, every rank's length; None asks the other ranks.
 
         Returns:
             ``(x, residual)``; the block's output is their sum.
         """
-        group = self.self_attn.group
-        fused = keep_partial or self.fuses_norms(x.partial if isinstance(x, PartialSum) else x)
+        attention, mlp = self.self_attn, self.mlp
+        before = x.x if isinstance(x, PartialSum) else x
+        between = behind = "apart"
+        fused = keep_partial or self.fuses_norms(before)
+        if fused:
+            between, behind = attention.o_proj.norm_path(before), mlp.down_proj.norm_path(before)
+        # Of a sum that only the kernel reads next every rank needs no more than its own rows.
         if isinstance(x, PartialSum):
-            out = _shared_output(group, x.partial)
-            x, residual = self.input_layernorm.add_reduced(
-                x.partial, residual, group, x.bias, gather_sum=not keep_partial, out=out
-            )
+            x, residual = x.add_norm(self.input_layernorm, residual, gather_sum=between != "kernel", shared=True)
         elif residual is None:
             residual, x = x, self.input_layernorm(x)
         else:
             x, residual = self.input_layernorm(x, residual)
-        if sequence_sizes is not None:
-            x = self.self_attn(x, positions, cache, sequence_sizes=sequence_sizes)
-            x, residual = self.post_attention_layernorm(x, residual)
-            return self.mlp(x, sequence_sizes=sequence_sizes), residual
         if not fused:
-            x = self.self_attn(x, positions, cache)
+            x = attention(x, positions, cache, sequence_sizes)
             x, residual = self.post_attention_layernorm(x, residual)
-            return self.mlp(x), residual
-        partial = self.self_attn(x, positions, cache, reduce_results=False)
-        x, residual = self.post_attention_layernorm.add_reduced(
-            partial,
+            return mlp(x, sequence_sizes), residual
+        x, residual = attention.o_proj.forward_norm(
+            attention.attend(x, positions, cache, sequence_sizes),
             residual,
-            group,
-            self.self_attn.o_proj.bias,
-            gather_sum=not keep_partial,
-            out=_shared_output(group, partial),
+            self.post_attention_layernorm,
+            path=between,
+            gather_sum=not keep_partial or behind != "kernel",
+            shared=True,
         )
         if not keep_partial:
-            return self.mlp(x), residual
-        return PartialSum(self.mlp(x, reduce_results=False), self.mlp.down_proj.bias), residual
+            return mlp(x, sequence_sizes), residual
+        return PartialSum(mlp.gated(x, sequence_sizes), mlp.down_proj, behind), residual
 
     def fuses_norms(self, x: torch.Tensor) -> bool:
-        """Whether the sums over the ranks of ``x``'s pass may be left to the norms: one kernel then does both.
+        """Whether the sums over the ranks of ``x``'s pass may be left to the norms: one call then does both.
 
-        That is for inference, where the group's communicator has such a kernel, and where nothing was put into the
-        block that would see the difference (hooks, replaced modules, an explicit overlap).
+        That is for inference, where that call overlaps the matmul or the group's communicator has a kernel for it
+        (``RowParallelLinear.norm_path``), and where nothing was put into the block that would see the difference
+        (hooks, replaced modules).
         """
         attention, mlp = self.self_attn, self.mlp
-        if not (is_plain(attention, ParallelAttention) and is_plain(mlp, ParallelMLP)):
+        group = getattr(attention, "group", None)
+        if not isinstance(group, TPGroup) or not may_join_norms(group):
             return False
-        group = attention.group
-        communicator = group.communicator
-        if group.world_size == 1 or mlp.group is not group or not getattr(communicator, "fused_norm", False):
+        if not (is_plain(attention, ParallelAttention) and is_plain(mlp, ParallelMLP)) or mlp.group is not group:
             return False
         if torch.is_grad_enabled() or watched() or _has_any_global_hook() or autocast_dtype(x) is not None:
             return False
-        dtype = x.dtype
-        if (
-            type(x) not in PLAIN_TYPES
-            or x.device.type != group.device_type
-            or not communicator.fuses_norm(x.shape[-1], dtype)
-        ):
+        dtype, projections = x.dtype, (attention.o_proj, mlp.down_proj)
+        if type(x) not in PLAIN_TYPES or x.device.type != group.device_type:
             return False
-        for projection in (attention.o_proj, mlp.down_proj):
+        for projection in projections:
             if not is_plain(projection, RowParallelLinear) or projection.input_dtype is not dtype:
                 return False
-            if projection.overlap not in ("auto", "none") or projection.sequence_parallel or projection.skip_bias_add:
+            if projection.skip_bias_add or type(projection.weight) not in PLAIN_TYPES:
                 return False
         for norm in (self.input_layernorm, self.post_attention_layernorm):
             if not is_plain(norm, RMSNorm) or norm.weight.dtype is not dtype:
                 return False
         # Their operand is a buffer that the next norm overwrites: hooks might keep it.
-        return all(is_plain(module, type(module)) for module in (attention.qkv_proj, mlp.gate_up_proj))
-
-
-def _shared_output(group: Any, partial: torch.Tensor) -> torch.Tensor | None:
-    """Where a norm's result may go that is consumed before the next one: the kernel then needs no copy out."""
-    return group.communicator.get_buffer(partial.shape, partial.dtype, use="output")
+        if not all(is_plain(module, type(module)) for module in (attention.qkv_proj, mlp.gate_up_proj)):
+            return False
+        return any(projection.norm_path(x) != "apart" for projection in projections)

@@ -31,7 +31,10 @@ class ParallelMLP(TensorParallelLayer):
         intermediate_size: full width; at least the number of ranks.
         bias: a bias for all three projections.
         activation: of the gate: "silu", "gelu" or "gelu_tanh".
-        overlap: see ``RowParallelLinear``.
+        overlap: see ``RowParallelLinear``; with ``sequence_parallel`` for all projections (``ColumnParallelLinear``).
+            Gate and up projections whose tokens are gathered beside the matmul give up the kernel that multiplies by
+            the gate in their epilogue (``ops.swiglu_linear``), and the gate is a pass of its own: "auto" does so only
+            where a measurement says that gathering costs more.
         sequence_parallel: input and output are this rank's part of dimension -2, in ``shard_range``'s parts.
         group: TPGroup, process group or mesh; None is the default group, or one rank.
         device: as in torch; ``"meta"`` allocates nothing.
@@ -59,45 +62,51 @@ class ParallelMLP(TensorParallelLayer):
             raise ValueError(f"activation must be one of {', '.join(_GATES)}, got {activation!r}")
         self.hidden_size, self.intermediate_size, self.activation = hidden_size, intermediate_size, activation
         self.sequence_parallel = sequence_parallel
+        self._spread = sequence_parallel and self.tp_size > 1
         factory = {"group": self.group, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         gate_up = MergedColumnParallelLinear(
-            hidden_size, [intermediate_size] * 2, bias, names=("gate_proj", "up_proj"), **factory
+            hidden_size,
+            [intermediate_size] * 2,
+            bias,
+            names=("gate_proj", "up_proj"),
+            overlap=overlap if sequence_parallel else "auto",
+            **factory,
         )
         self._add_fused("gate_up_proj", gate_up)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, overlap=overlap, **factory)
 
-    def forward(
-        self, x: torch.Tensor, reduce_results: bool = True, sequence_sizes: Sequence[int] | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, sequence_sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Apply the block.
 
         Args:
             x: [..., hidden_size].
-            reduce_results: False returns ``down_proj``'s ``partial_sum`` and leaves the rest to the caller.
             sequence_sizes: with ``sequence_parallel``, every rank's length; None asks the other ranks.
         """
-        gate_up = self.gate_up_proj
-        if self.sequence_parallel and self.tp_size > 1:
-            return self.down_proj(self._gated(gate_up.parallel_input(x, sequence_sizes)))
-        if self.activation == "silu":
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if not self._spread and self._trains_fused(x):
             check_input(x, self.hidden_size, gate_up.weight, gate_up)
             group = self.group if self.tp_size > 1 else None
-            if reduce_results and self._trains_fused(x):
-                out = ops.swiglu_mlp(x, gate_up.weight, self.down_proj.weight, gate_up.bias, group=group)
-                return self.down_proj.reduce_partial(out)
-            hidden = ops.swiglu_linear(x, gate_up.weight, gate_up.bias, group=group, weight_scale=gate_up.weight_scale)
-        else:
-            gate, up = gate_up.project(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
-            hidden = activate(gate, self.activation) * up
-        return self.down_proj(hidden) if reduce_results else self.down_proj.partial_sum(hidden)
+            return down.reduce_partial(ops.swiglu_mlp(x, gate_up.weight, down.weight, gate_up.bias, group=group))
+        return down(self.gated(x, sequence_sizes))
 
-    def _gated(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's channels for all tokens, which ``x`` holds already."""
+    def gated(self, x: torch.Tensor, sequence_sizes: Sequence[int] | None = None) -> torch.Tensor:
+        """What ``forward`` projects with ``down_proj``: [..., channels of this rank]. Same arguments.
+
+        With ``sequence_parallel`` the tokens are those of all ranks.
+        """
         gate_up = self.gate_up_proj
-        if self.activation == "silu":
-            return ops.swiglu_linear(x, gate_up.weight, gate_up.bias, weight_scale=gate_up.weight_scale)
-        gate, up = gate_up._linear(x, gate_up.weight, gate_up.bias).chunk(2, dim=-1)
-        return activate(gate, self.activation) * up
+        weight, bias = gate_up.weight, gate_up.bias
+        if self.activation != "silu":
+            gate, up = gate_up.project(x, weight, bias, sequence_sizes).chunk(2, dim=-1)
+            return activate(gate, self.activation) * up
+        check_input(x, self.hidden_size, weight, gate_up)
+        group = self.group if self.tp_size > 1 else None
+        if self._spread:
+            sizes = gate_up._sequence_sizes(x, sequence_sizes)
+            if gate_up.gathers_beside(x, sizes):
+                return ops.silu_mul(gate_up.project(x, weight, bias, sizes))
+            x, group = gate_up.parallel_input(x, sizes), None  # the gather's backward sums the gradient
+        return ops.swiglu_linear(x, weight, bias, group=group, weight_scale=gate_up.weight_scale)
 
     def _trains_fused(self, x: torch.Tensor) -> bool:
         """Whether the fused MLP takes over the down projection's matmul: for its backward, on GPUs.
@@ -107,7 +116,9 @@ class ParallelMLP(TensorParallelLayer):
         """
         gate_up, down = self.gate_up_proj, self.down_proj
         return (
-            on_gpu(x)
+            self.activation == "silu"
+            and isinstance(x, torch.Tensor)
+            and on_gpu(x)
             and needs_grad(x, gate_up.weight, gate_up.bias, down.weight)
             and type(down) is RowParallelLinear
             and down.overlap in ("auto", "none")

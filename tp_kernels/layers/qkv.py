@@ -59,7 +59,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         num_kv_heads: KV heads, a divisor of ``num_heads``; None means as many as query heads.
         bias: a bias for all three.
         names: stock names of the three projections.
-        group, sequence_parallel, skip_bias_add, device, dtype: as in ``ColumnParallelLinear``.
+        group, sequence_parallel, overlap, skip_bias_add, device, dtype: as in ``ColumnParallelLinear``.
 
     Attributes:
         num_heads_local, num_kv_heads_local: heads of this rank.
@@ -83,6 +83,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         names: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
         group: Any = None,
         sequence_parallel: bool = False,
+        overlap: str = "auto",
         skip_bias_add: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -103,7 +104,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         kv_rows = [range(shard.kv.start * head_dim, shard.kv.stop * head_dim) for shard in shards]
         totals = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
         pieces = list(zip(names, totals, (q_rows, kv_rows, kv_rows), strict=True))
-        self._build(hidden_size, pieces, bias, False, sequence_parallel, skip_bias_add, device, dtype)
+        self._build(hidden_size, pieces, bias, False, sequence_parallel, skip_bias_add, device, dtype, overlap)
 
     def _shared(self, parameter: torch.Tensor | None) -> torch.Tensor | None:
         """The parameter, its gradient summed over the ranks that hold the same key and value rows."""

@@ -23,7 +23,7 @@ from tp_kernels.layers import (
     RotaryEmbedding,
     VocabParallelEmbedding,
 )
-from tp_kernels.layers.decoder import is_plain
+from tp_kernels.layers.decoder import is_plain, may_join_norms
 from tp_kernels.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _EMBEDDING_STD = 0.02
 class _Decoder(nn.Module):
     """Embedding, decoder layers and final norm: the part that Hugging Face's checkpoints call ``model``."""
 
-    def __init__(self, config: ModelConfig, group: Any, device: Any, dtype: torch.dtype | None):
+    def __init__(self, config: ModelConfig, overlap: str, group: Any, device: Any, dtype: torch.dtype | None):
         super().__init__()
         factory = {"group": group, "device": device, "dtype": dtype}
         # One for all layers: they look up the same tables.
@@ -58,6 +58,7 @@ class _Decoder(nn.Module):
                 activation=config.hidden_act,
                 rope=rope,
                 sliding_window=window,
+                overlap=overlap,
                 **factory,
             )
             for window in config.layer_windows
@@ -76,16 +77,14 @@ class _Decoder(nn.Module):
         if self._fuses_norms(x):
             for layer, layer_cache in zip(self.layers, caches, strict=True):
                 x, residual = layer(x, residual, positions, layer_cache, keep_partial=True)
-            group = self.embed_tokens.group
-            return self.norm.add_reduced(x.partial, residual, group, x.bias, gather_sum=False)[0]
+            return x.add_norm(self.norm, residual, gather_sum=False)[0]
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, positions, layer_cache)
         return self.norm(x, residual)[0]
 
     def _fuses_norms(self, x: torch.Tensor) -> bool:
         """Whether every sum over the ranks of this pass is left to the norm behind it; see ``ParallelDecoderLayer``."""
-        group = self.embed_tokens.group
-        if not getattr(group.communicator, "fused_norm", False) or not len(self.layers):
+        if not may_join_norms(self.embed_tokens.group) or not len(self.layers):
             return False
         return (
             is_plain(self.norm, RMSNorm)
@@ -99,6 +98,7 @@ class ParallelCausalLM(nn.Module):
 
     Args:
         config: what to build; see ``ModelConfig.from_hf``.
+        overlap: of the row-parallel projections' sums over the ranks with their matmuls; see ``RowParallelLinear``.
         group: TPGroup, process group or mesh; None is the default group, or one rank.
         device: as in torch; ``"meta"`` allocates nothing (a checkpoint follows).
         dtype: of the parameters.
@@ -116,6 +116,7 @@ class ParallelCausalLM(nn.Module):
         self,
         config: ModelConfig,
         *,
+        overlap: str = "auto",
         group: Any = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -123,7 +124,7 @@ class ParallelCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.group = resolve_group(group)
-        self.model = _Decoder(config, self.group, device, dtype)
+        self.model = _Decoder(config, overlap, self.group, device, dtype)
         if config.tie_word_embeddings:
             self.lm_head = ParallelLMHead.from_embedding(self.model.embed_tokens)
         else:

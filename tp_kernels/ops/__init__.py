@@ -7,7 +7,11 @@ where no faster path was measured.
 from tp_kernels.ops._explain import Path, explain
 from tp_kernels.ops.all_reduce_norm import all_reduce_add_rms_norm, all_reduce_add_rms_norm_reference
 from tp_kernels.ops.attention import attention, attention_reference
-from tp_kernels.ops.column_parallel_linear import column_parallel_linear, column_parallel_linear_reference
+from tp_kernels.ops.column_parallel_linear import (
+    choose_column_parallel_linear,
+    column_parallel_linear,
+    column_parallel_linear_reference,
+)
 from tp_kernels.ops.cpu_weights import advise_huge
 from tp_kernels.ops.cross_entropy import (
     cross_entropy,
@@ -30,7 +34,11 @@ from tp_kernels.ops.linear_all_reduce import (
     linear_all_reduce,
     linear_all_reduce_reference,
 )
-from tp_kernels.ops.linear_reduce_scatter import linear_reduce_scatter
+from tp_kernels.ops.linear_reduce_scatter import (
+    choose_linear_reduce_scatter,
+    linear_reduce_scatter,
+    linear_reduce_scatter_reference,
+)
 from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tp_kernels.ops.norm_linear import (
     norm_linear,
@@ -55,7 +63,9 @@ __all__ = [
     "apply_rope_reference",
     "attention",
     "attention_reference",
+    "choose_column_parallel_linear",
     "choose_linear_all_reduce",
+    "choose_linear_reduce_scatter",
     "column_parallel_linear",
     "column_parallel_linear_reference",
     "cross_entropy",
@@ -77,6 +87,7 @@ __all__ = [
     "linear_all_reduce",
     "linear_all_reduce_reference",
     "linear_reduce_scatter",
+    "linear_reduce_scatter_reference",
     "linear_reference",
     "norm_linear",
     "norm_linear_reference",

@@ -19,12 +19,13 @@ from tp_kernels.comm.overlap import (
     Agreement,
     agree,
     agreed,
+    check_offered,
     chunk_bounds,
     offers_overlap,
     worth_overlapping,
 )
 from tp_kernels.comm.tp_group import TPGroup
-from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, on_gpu
+from tp_kernels.ops._gpu import GpuInfo, autocast_dtype, gpu_of, kernels_reason, on_gpu
 from tp_kernels.ops._library import PLAIN_TYPES, watched
 from tp_kernels.ops.tuning import Choice, cached_decision, fingerprint, lookup
 
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 OVERLAPPED_OPS = ("linear_all_reduce", "linear_reduce_scatter", "column_parallel_linear")
+# The one with a kernel that both multiplies and communicates.
+_FUSED_OP = "linear_all_reduce"
 # More chunks than this were never of use to anyone who published figures: every one costs a launch and a shorter
 # message, and from the fourth on there is little left to hide.
 DEFAULT_CHUNKS = 4
@@ -121,6 +124,18 @@ def agreement(communicator: Communicator, x: Tensor) -> Agreement | None:
     return agree(communicator, info.num_sms, tables_fingerprint(communicator.backend, info), x.device)
 
 
+def _fused_reason(op: str, x: Tensor, weight: Tensor, group: TPGroup, m: int, n: int) -> str | None:
+    """Why ``op`` cannot be one kernel for these arguments, on a communicator that offers it; None if it can."""
+    if op != _FUSED_OP:
+        return f"{op} has no kernel that also communicates; {_FUSED_OP} has one"
+    reason = kernels_reason(x)
+    if reason is not None:
+        return reason
+    if watched() or type(weight) not in PLAIN_TYPES:
+        return "traced code" if watched() else f"the weight is a {type(weight).__name__}"
+    return group.communicator.linear_reason(m, n, autocast_dtype(x) or x.dtype)
+
+
 def choose_overlap(
     op: str,
     x: Tensor,
@@ -136,12 +151,22 @@ def choose_overlap(
     Args:
         op: one of ``OVERLAPPED_OPS``.
         x, weight: its operands on this rank.
-        overlap: "auto", "none", or a way that the group's communicator offers.
+        overlap: "auto", "none", "chunked" (on every communicator), or "fused" where the group's offers it.
         m, n, in_features: as for ``overlap_sizes``; without ``in_features`` there is no automatic choice.
+
+    Raises:
+        ValueError: "fused" where it is not offered, or for what its kernel does not take; "chunked" for the first time
+            inside a graph capture.
     """
     communicator = group.communicator
     if overlap == "none" or communicator.world_size == 1:
         return Choice("none", "requested" if overlap == "none" else "one rank has nobody to talk to")
+    if overlap == "fused":
+        check_offered("fused", group, x.device)
+        reason = _fused_reason(op, x, weight, group, m, n)
+        if reason is not None:
+            raise ValueError(f'overlap="fused" cannot be had: {reason}')
+        return Choice("fused", "requested")
     if overlap == "chunked":
         if agreement(communicator, x) is None:
             raise ValueError(
@@ -149,7 +174,8 @@ def choose_overlap(
                 "in a CUDA graph: call once before the capture"
             )
         return Choice("chunked", "requested", {"chunks": DEFAULT_CHUNKS})
-    if not offers_overlap(group):
+    ways = [way for way in ("chunked", "fused") if offers_overlap(group, way) and (way == "chunked" or op == _FUSED_OP)]
+    if not ways:
         return Choice("none", f"the {communicator.backend} communicator does not work beside the caller's stream")
     if not on_gpu(x):
         return Choice("none", f"the tensors are on {x.device.type}, where every core computes")
@@ -165,4 +191,10 @@ def choose_overlap(
     if not found.same_tables:
         return Choice("none", "the ranks' GPUs or tuning tables differ")
     sizes = tuple(overlap_sizes(m, n, in_features, communicator).items())
-    return _measured(overlap_table(communicator.backend, op), gpu_of(x), autocast_dtype(x) or x.dtype, sizes)
+    choice = _measured(overlap_table(communicator.backend, op), gpu_of(x), autocast_dtype(x) or x.dtype, sizes)
+    reason = None
+    if choice.path != "none" and choice.path not in ways:
+        reason = f"the {communicator.backend} communicator does not offer it"
+    elif choice.path == "fused":
+        reason = _fused_reason(op, x, weight, group, m, n)
+    return choice if reason is None else Choice("none", f'"{choice.path}" was the fastest, but {reason}')

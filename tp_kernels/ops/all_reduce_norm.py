@@ -24,13 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tp_kernels.comm import paths
 from tp_kernels.comm.functional import reduce_from_tensor_parallel
 from tp_kernels.comm.process_group import resolve_group
+from tp_kernels.comm.symmetric_sizes import MAX_LAMPORT_ROW_PACKS, PACK_BYTES, norm_algorithm_for, row_packs
 from tp_kernels.comm.tp_group import TPGroup
 from tp_kernels.ops._library import PLAIN_TYPES, needs_grad, watched
 from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_reference
+from tp_kernels.ops.tuning import Choice
 
-__all__ = ["all_reduce_add_rms_norm", "all_reduce_add_rms_norm_reference", "fused_norm_reason"]
+__all__ = [
+    "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_reference",
+    "choose_all_reduce_add_rms_norm",
+    "fused_norm_reason",
+]
 
 
 def all_reduce_add_rms_norm_reference(
@@ -91,6 +99,43 @@ def fused_norm_reason(
     if not communicator.fuses_norm(partial.shape[-1], dtype):
         return f"no kernel for rows of {partial.shape[-1]} elements of {dtype}"
     return None
+
+
+def choose_all_reduce_add_rms_norm(
+    partial: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    group: Any = None,
+    bias: Tensor | None = None,
+) -> Choice:
+    """What ``all_reduce_add_rms_norm`` does: "fused" with which algorithm, or "separate", and why. No collective."""
+    group = resolve_group(group)
+    _check(partial, residual, weight, bias)
+    if group.world_size == 1:
+        return Choice("separate", "one rank has nobody to talk to")
+    reason = fused_norm_reason(partial, residual, weight, group, bias)
+    if reason is not None:
+        return Choice("separate", reason)
+    width = partial.shape[-1]
+    algorithm, why = _algorithm_of(group.communicator, partial.numel() // max(1, width), width, partial.dtype)
+    return Choice("fused", f"{algorithm} by {why}", {"algorithm": algorithm})
+
+
+def _algorithm_of(communicator: Any, rows: int, width: int, dtype: torch.dtype) -> tuple[str, str]:
+    """(algorithm, by what) of the fused kernel."""
+    if not hasattr(communicator, "path_for"):  # peer memory alone
+        if "one_shot" not in communicator.algorithms:
+            return "triton", "the native core, which was built without CUDA"
+        return norm_algorithm_for(rows, width, dtype.itemsize, communicator.world_size), "its size"
+    packs = row_packs(width, dtype.itemsize)
+    nbytes = rows * packs * PACK_BYTES
+    path = communicator.path_for("all_reduce_norm", nbytes, dtype)
+    if path == paths.LAMPORT and packs > MAX_LAMPORT_ROW_PACKS:  # which ``path_for`` is not told
+        others = [name for name in communicator.paths if name in (paths.ONE_SHOT, paths.TWO_SHOT, paths.TRITON)]
+        numerics, name = communicator.numerics_class, str(dtype).removeprefix("torch.")
+        size, table = communicator.world_size, communicator.table
+        path = paths.route("all_reduce_norm", nbytes, size, numerics, others, table, dtype=name)
+    return path.partition(":")[2], communicator.table.source
 
 
 def all_reduce_add_rms_norm(

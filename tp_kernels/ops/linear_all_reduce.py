@@ -10,10 +10,16 @@ communicator's stream, the next is multiplied on the caller's. All matmuls are l
 only they feed the communication; what follows then runs chunk by chunk as the sums arrive. Everything is joined to the
 caller's stream on return, so a CUDA graph can capture it.
 
-Numerics: partial sums are rounded to x's dtype, then summed as the communicator promises. Running at the same time
-changes no bits: "chunked" gives exactly what "none" gives with the same ``chunks``. Against "none" in one piece, a
-different number of rows lets cuBLAS take another kernel, and a communicator with ``numerics.size_dependent`` (NCCL)
-another order of summation; the bits are equal where neither happens, else they differ as between two batch sizes.
+``overlap="fused"`` is one kernel over peer memory that multiplies, sums and does what follows, tile by tile: what is
+done crosses the links while the rest is multiplied (``SymmetricMemoryCommunicator.linear_all_reduce``). For many rows;
+few are better served by a skinny matmul and a one-step all-reduce.
+
+Numerics: partial sums are rounded to x's dtype, then summed as the communicator promises; "fused" in fp32 and rank
+order, as all sums over peer memory. Running at the same time changes no bits: "chunked" gives exactly what "none" gives
+with the same ``chunks``. Against "none" in one piece, a different number of rows lets cuBLAS take another kernel, and a
+communicator with ``numerics.size_dependent`` (NCCL) another order of summation; the bits are equal where neither
+happens, else they differ as between two batch sizes. "fused" always multiplies by our own kernel, of which "none" takes
+one (or cuBLAS) as measured: their bits differ where these do.
 
 Nothing is gained on a CPU, where every core computes, nor for few rows. "auto" overlaps only what was measured to be
 faster on the same kind of GPU (``tp-kernels bench overlap --tune``).
@@ -48,7 +54,7 @@ __all__ = [
     "linear_all_reduce_reference",
 ]
 
-OVERLAPS = ("auto", "none", "chunked")
+OVERLAPS = ("auto", "none", "chunked", "fused")
 OP = "linear_all_reduce"
 _PIECES = list[tuple[int, int]]
 
@@ -83,42 +89,58 @@ def _check(
         raise ValueError(f"expected a norm_weight [{weight.shape[0]}], got {list(norm_weight.shape)}")
 
 
+def _rows(x: Tensor) -> int:
+    """The same on all ranks, also where this one has no features."""
+    return x.shape[:-1].numel()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(_rows(x), x.shape[-1])
+
+
 # The schedule --------------------------------------------------------------------------------------------------------
 
 
 def choose_linear_all_reduce(
     x: Tensor, weight: Tensor, *, group: Any = None, overlap: str = "auto", in_features: int | None = None
 ) -> Choice:
-    """What ``linear_all_reduce`` does for these arguments: "chunked" or "none", and why. A collective at first."""
+    """What ``linear_all_reduce`` does for these arguments: "chunked", "fused" or "none", and why.
+
+    A collective at first. ValueError for what was asked for and cannot be had.
+    """
     group = resolve_group(group)
-    return choose_overlap(OP, x, weight, group, overlap, x.numel() // max(1, x.shape[-1]), weight.shape[0], in_features)
+    return choose_overlap(OP, x, weight, group, overlap, _rows(x), weight.shape[0], in_features)
 
 
 def _schedule(
     x: Tensor, weight: Tensor, group: TPGroup, overlap: str, chunks: int | Sequence[int] | None, in_features: int | None
-) -> tuple[_PIECES, bool]:
-    """Rows of every chunk, and whether to overlap."""
-    m, n = x.numel() // max(1, x.shape[-1]), weight.shape[0]
+) -> tuple[_PIECES, str]:
+    """Rows of every chunk, and which way to overlap them."""
+    m, n = _rows(x), weight.shape[0]
+    if overlap == "fused" and chunks is not None:
+        raise ValueError(f'chunks are for overlap="chunked" and "none"; "fused" goes tile by tile, got {chunks!r}')
     if isinstance(chunks, Sequence):
         if sum(chunks) != m or (m and min(chunks) < 1):
             raise ValueError(f"chunks must be positive numbers of rows that sum to {m}, got {list(chunks)}")
         stops = list(accumulate(chunks))
         if overlap == "auto":
             overlap = choose_linear_all_reduce(x, weight, group=group, in_features=in_features).path
-        return list(zip([0, *stops], stops, strict=False)), overlap == "chunked" and len(stops) > 1
+        way = "chunked" if overlap == "chunked" and len(stops) > 1 else "none"
+        return list(zip([0, *stops], stops, strict=False)), way
     if chunks is not None and (not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1):
         raise ValueError(f"chunks must be a positive int, numbers of rows or None, got {chunks!r}")
     choice = choose_linear_all_reduce(x, weight, group=group, overlap=overlap, in_features=in_features)
     wanted = chunks or int(choice.config.get("chunks", 1))
     if wanted == 1 or m == 0:
-        return [(0, m)] if m else [], False
+        whole = choice.path == "fused" and chunks is None and m > 0
+        return [(0, m)] if m else [], "fused" if whole else "none"
     found = agreement(group.communicator, x)
     if found is None:
         raise ValueError("the first call with chunks= cannot be captured in a CUDA graph: call once before the capture")
     info, dtype = gpu_of(x) if on_gpu(x) else None, autocast_dtype(x) or x.dtype
     growth = float(choice.config.get("growth", 1.0)) if chunks is None else 1.0
     bounds = planned_chunks(m, n, dtype, info, found.num_sms, wanted, growth, alike=found.same_tables)
-    return bounds, choice.path == "chunked" and len(bounds) > 1
+    return bounds, "chunked" if choice.path == "chunked" and len(bounds) > 1 else "none"
 
 
 # Carrying it out -----------------------------------------------------------------------------------------------------
@@ -184,11 +206,12 @@ def run_chunks(
 
 class _LinearAllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: TPGroup, bounds: _PIECES, overlapped: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: TPGroup, bounds: _PIECES, way: str) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group = group
-        rows = x.reshape(-1, x.shape[-1])
-        out = run_chunks(rows, weight.detach(), bounds, group.communicator, overlapped)
+        if way == "fused":
+            return group.communicator.linear_all_reduce(x, weight)
+        out = run_chunks(_flat(x), weight.detach(), bounds, group.communicator, way == "chunked")
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -197,7 +220,7 @@ class _LinearAllReduce(torch.autograd.Function):
         rows = copy_to_tensor_parallel(grad, ctx.group).reshape(-1, weight.shape[0])
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         grad_x = (rows @ weight).view(x.shape) if wants_x else None
-        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None
+        grad_weight = rows.t() @ _flat(x) if wants_weight else None
         return grad_x, grad_weight, None, None, None
 
 
@@ -224,7 +247,7 @@ def linear_all_reduce(
         bias: [N], added once, after the sum.
         group: TPGroup, process group or mesh; None is the default group, or one rank.
         overlap: "auto" overlaps where that was measured to be faster; "none"; "chunked" always, also on communicators
-            that work at once.
+            that work at once; "fused" where the communicator has a kernel for it (``overlap_modes``).
         chunks: most pieces of the rows, or the number of rows of each; the same on all ranks. With "none" they are
             worked off one after the other, and the bits are those of "chunked". None: as measured, else 4 for "chunked"
             and 1 for "none".
@@ -237,23 +260,27 @@ def linear_all_reduce(
         [..., N] in ``x.dtype``: the sum, with bias and residual if given; with ``norm_weight`` ``(normed, sum)``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, an unknown overlap; a first chunked call inside
-            a graph capture.
+        ValueError: shapes, dtypes or devices that do not fit together, an unknown overlap; "fused" where it is not
+            offered, or for what its kernel does not take; a first chunked call inside a graph capture.
     """
     if type(group) is not TPGroup:
         group = resolve_group(group)
     _check(x, weight, bias, residual, norm_weight, overlap)
     x, weight = under_autocast(x, weight)
-    bounds, overlapped = _schedule(x, weight, group, overlap, chunks, in_features)
-    pieces = group.world_size > 1 and len(bounds) > 1
+    bounds, way = _schedule(x, weight, group, overlap, chunks, in_features)
+    pieces = group.world_size > 1 and (len(bounds) > 1 or way == "fused")
     records = needs_grad(x, weight, bias, residual, norm_weight)
-    by_chunk = pieces and not records and all(t is None or t.dtype == x.dtype for t in (bias, residual))
-    if by_chunk:
-        return _followed(x, weight, bias, group, bounds, overlapped, residual, norm_weight, eps)
+    joined = pieces and not records and all(t is None or t.dtype == x.dtype for t in (bias, residual))
+    if joined and way == "fused":
+        return _fused(x, weight, bias, group, residual, norm_weight, eps)
+    if joined:
+        return _followed(x, weight, bias, group, bounds, way == "chunked", residual, norm_weight, eps)
     if pieces and records:
-        y = _LinearAllReduce.apply(x, weight, group, bounds, overlapped)
+        y = _LinearAllReduce.apply(x, weight, group, bounds, way)
+    elif way == "fused":
+        y = group.communicator.linear_all_reduce(x, weight)
     elif pieces:
-        y = run_chunks(x.reshape(-1, x.shape[-1]), weight, bounds, group.communicator, overlapped)
+        y = run_chunks(_flat(x), weight, bounds, group.communicator, way == "chunked")
         y = y.view(*x.shape[:-1], weight.shape[0])
     else:
         y = reduce_from_tensor_parallel(linear(x, weight), group, inplace=True)
@@ -261,6 +288,17 @@ def linear_all_reduce(
     if residual is None:
         return y
     return y + residual if norm_weight is None else add_rms_norm(y, residual, norm_weight, eps)
+
+
+def _fused(x, weight, bias, group, residual, norm_weight, eps):
+    """Everything in one kernel, but for a norm that it does not take."""
+    communicator = group.communicator
+    if norm_weight is None:
+        return communicator.linear_all_reduce(x, weight, bias=bias, residual=residual)
+    if norm_weight.dtype == x.dtype and communicator.fuses_norm(weight.shape[0], x.dtype):
+        follows = {"bias": bias, "residual": residual, "norm_weight": norm_weight, "eps": eps}
+        return communicator.linear_all_reduce(x, weight, **follows)
+    return add_rms_norm(communicator.linear_all_reduce(x, weight, bias=bias), residual, norm_weight, eps)
 
 
 def _followed(x, weight, bias, group, bounds, overlapped, residual, norm_weight, eps):
@@ -286,7 +324,7 @@ def _followed(x, weight, bias, group, bounds, overlapped, residual, norm_weight,
         return finish
 
     kept = norm_weight is None
-    out = run_chunks(x.reshape(-1, x.shape[-1]), weight, bounds, group.communicator, overlapped, follow, kept)
+    out = run_chunks(_flat(x), weight, bounds, group.communicator, overlapped, follow, kept)
     if norm_weight is None:
         return out.view(shape)
     normed, summed = results

@@ -19,7 +19,8 @@ __all__ = ["Comparison", "compare", "find_measured", "read_measured"]
 _NEEDED = ("what", "model", "tp", "shard", "dtype", "batch", "tokens", "context", "contender", "quantize", "ms")
 _NUMBERS = ("tp", "shard", "batch", "tokens", "context")
 _OPTIONAL_NUMBERS = ("layers", "ranks_per_gpu")
-_WHAT = ("prefill", "decode")
+_RATIOS = ("over_off", "times_best_peer")
+_WHAT = ("prefill", "decode")  # prompts of different lengths in one pass ("mixed") have no prediction
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Comparison:
         contender: which implementation.
         gpu: where it was measured.
         measured_ms, predicted_ms, roof_ms: of one pass.
+        sums: what added over the ranks, "off" where nothing did; "" on one rank.
+        over_off: measured, a multiple of the same ranks without communication; None where these were not measured.
+        times_best_peer: measured speed, a multiple of the best other implementation's in the same run; None if none.
+        best_peer: which that was.
     """
 
     what: str
@@ -48,6 +53,10 @@ class Comparison:
     measured_ms: float
     predicted_ms: float
     roof_ms: float
+    sums: str = ""
+    over_off: float | None = None
+    times_best_peer: float | None = None
+    best_peer: str = ""
 
     @property
     def ratio(self) -> float:
@@ -86,9 +95,10 @@ def read_measured(path: str | os.PathLike[str]) -> list[dict[str, str]]:
                 int(row[name])
             for name in _OPTIONAL_NUMBERS:
                 int(row.get(name) or 1)
-            float(row["ms"] or 0)
+            for name in ("ms", *_RATIOS):
+                float(row.get(name) or 0)
         except (TypeError, ValueError):
-            names = ", ".join((*_NUMBERS, *_OPTIONAL_NUMBERS, "ms"))
+            names = ", ".join((*_NUMBERS, *_OPTIONAL_NUMBERS, "ms", *_RATIOS))
             raise ValueError(f"{path}, line {number}: expected numbers in {names}") from None
     return rows
 
@@ -100,7 +110,7 @@ def compare(planned: Plan, rows: Iterable[Mapping[str, str]]) -> list[Comparison
         planned: model, GPU, link and dtype. Sizes and formats are the measured rows' own, and so is the link where
             the ranks shared a GPU.
         rows: from ``read_measured``. Those without a time, of other models or dtypes, of a model with fewer layers,
-            judged wrong, and those taken on a CPU are passed over.
+            judged wrong, those of prompts of different lengths, and those taken on a CPU are passed over.
 
     Returns:
         One comparison a row, in their order.
@@ -140,7 +150,9 @@ def _compared(planned: Plan, row: Mapping[str, str]) -> Comparison:
         times = predicted.prefill_shard if prefill else predicted.decode_shard
     else:
         times = predicted.prefill if prefill else predicted.decode
-    silent = row["contender"].split()[0] == "off"  # the same ranks, their sums switched off
+    # The same ranks, their sums switched off; older files name only the contender.
+    sums = row.get("sums") or ("off" if row["contender"].split()[0] == "off" else "")
+    over_off, times_best_peer = (float(row[name]) if row.get(name) else None for name in _RATIOS)
     return Comparison(
         what=row["what"],
         tp=tp,
@@ -152,6 +164,10 @@ def _compared(planned: Plan, row: Mapping[str, str]) -> Comparison:
         contender=row["contender"],
         gpu=row.get("gpu") or "",
         measured_ms=float(row["ms"]),
-        predicted_ms=(times.silent if silent else times.total) * 1e3,
+        predicted_ms=(times.silent if sums == "off" else times.total) * 1e3,
         roof_ms=times.roof * 1e3,
+        sums=sums,
+        over_off=over_off,
+        times_best_peer=times_best_peer,
+        best_peer=row.get("best_peer") or "",
     )

@@ -143,10 +143,12 @@ def comparison_lines(comparisons: Sequence[Comparison], source: str) -> str:
     if not comparisons:
         return f"measured: no row of {source} taken on a GPU is of this model and dtype\n"
     head = ["what", "tp", "shard of", "batch", "tokens", "context", "weights", "contender"]
-    lines = [[*head, "measured ms", "predicted ms", "measured/predicted", "roof ms"]]
+    head += ["measured ms", "predicted ms", "measured/predicted", "roof ms", "x off", "x best peer", "best peer"]
+    lines = [head]
     for row in comparisons:
         sizes = [row.what, row.tp, row.shard, row.batch, row.tokens, row.context, row.quantize, row.contender]
         times = [f"{row.measured_ms:.3f}", f"{row.predicted_ms:.3f}", f"{row.ratio:.2f}x", f"{row.roof_ms:.3f}"]
-        lines.append([*map(str, sizes), *times])
+        ratios = ["" if value is None else f"{value:.2f}" for value in (row.over_off, row.times_best_peer)]
+        lines.append([*map(str, sizes), *times, *ratios, row.best_peer])
     gpus = ", ".join(sorted({row.gpu or "an unnamed machine" for row in comparisons}))
     return f"measured on {gpus} ({source}) beside predicted\n{_aligned(lines)}"

@@ -12,10 +12,7 @@ Sums:
 - ``chosen``: what ``all_reduce`` does with ordinary memory when it is not told.
 - ``torch_one_shot``, ``torch_two_shot``: ``torch.ops.symm_mem``; ``nccl``: torch.distributed.
 
-Norms, of [tokens, hidden]: ``all_reduce`` alone (ours), ``all_reduce_norm`` (it, then ``ops.add_rms_norm``),
-``torch_all_reduce`` (one-shot up to 256 KB, else two-shot), ``torch_norm`` (that, then ``ops.add_rms_norm``), ``fused``
-as decoder layers call it (sums not gathered), ``fused_gathered``, and up to 64 tokens ``fused_triton``, the one-shot
-kernel that stands in where the CUDA ones were not built.
+Norms, of [tokens, hidden]: see ``bench_all_reduce_norms``.
 
 Ranks that share a GPU share its memory too: such figures compare two paths, and say nothing about linked GPUs.
 """
@@ -27,17 +24,17 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tp_kernels import one_gpu
 from tp_kernels.testing.bench import Timing, bytes_argument, format_bytes, run_command_line, sizes_between
+from tp_kernels.testing.bench_all_reduce_norms import NormBench
 from tp_kernels.testing.rank_bench import captured, keep_rows, measure_on_ranks, time_graphs
 
-__all__ = ["Options", "add_arguments", "calls_for", "main", "measure", "norm_row", "run", "sum_rows"]
+__all__ = ["Options", "add_arguments", "calls_for", "main", "measure", "run", "sum_rows"]
 
 TORCH_DTYPES = ("float32", "bfloat16")  # those that torch.ops.symm_mem adds
-_TORCH_ONE_SHOT = 256 << 10
-_TRITON_TOKENS = 64  # every rank normalises all rows: nothing for prefill
 _PEERS = {"one_shot": "torch_one_shot", "two_shot": "torch_two_shot"}
 
 
@@ -150,11 +147,20 @@ class _Bench:
         self.group, self.symm, self.options, self.dtype = group, symm, options, dtype
         self.torch_memory, self.nccl = torch_memory, nccl
         self._name = group.process_group.group_name
+        self._norms = NormBench(
+            symm,
+            dtype,
+            time=lambda ways, nbytes, rounds: self._time(ways, calls_for(nbytes), rounds),
+            integers=self._integers,
+            total=self._total,
+            count=self._count,
+            reduces=self._reduces(),
+            meet=group.barrier,
+        )
 
     def sums(self, size: int) -> list[dict[str, Any]]:
         """Every way to add ``size`` bytes."""
         import torch
-        import torch.distributed as dist
 
         from tp_kernels.comm.symmetric_sizes import LAMPORT_BYTES
 
@@ -170,13 +176,8 @@ class _Bench:
         }
         if size <= LAMPORT_BYTES:
             ways["lamport"] = (x, lambda: symm.all_reduce(x, out=out, algorithm="lamport"))
-        if self.torch_memory is not None:
-            theirs, name, torch_ops = self.torch_memory[:n], self._name, torch.ops.symm_mem
-            ways["torch_one_shot"] = (theirs, lambda: torch_ops.one_shot_all_reduce(theirs, "sum", name))
-            ways["torch_two_shot"] = (theirs, lambda: torch_ops.two_shot_all_reduce_(theirs, "sum", name))
-        if self.nccl is not None:
-            own = torch.empty_like(x)
-            ways["nccl"] = (own, lambda: dist.all_reduce(own, group=self.nccl) or own)
+        for way, (buffer, reduce) in self._reduces().items():
+            ways[way] = (buffer(n), partial(reduce, buffer(n)))
         source, expected = x.clone(), self._total(n)
         wrong = {}
         for way, (operand, function) in ways.items():
@@ -189,58 +190,36 @@ class _Bench:
 
     def norms(self, tokens: int, hidden: int) -> list[dict[str, Any]]:
         """Every way to add over the ranks, add a residual and normalise."""
-        import torch
-
-        from tp_kernels import ops
-        from tp_kernels.comm.symmetric_sizes import algorithm_for
-
-        symm, dtype, n = self.symm, self.dtype, tokens * hidden
-        source = self._integers(n).view(tokens, hidden)
-        residual, weight = torch.ones_like(source), torch.ones(hidden, dtype=dtype, device="cuda")
-        expected = ops.add_rms_norm_reference(self._total(n).view(tokens, hidden), residual, weight)
-        shared = symm.get_buffer((tokens, hidden), dtype)
-        into = symm.get_buffer((tokens, hidden), dtype, use="output")
-        x = source.clone() if shared is None else shared
-        eps = 1e-6
-
-        def then_norm(summed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return ops.add_rms_norm(summed, residual, weight, eps)
-
-        # Each algorithm where it needs no copy: the one-step ones cannot overwrite what peers still read.
-        in_place = algorithm_for(n * dtype.itemsize, symm.world_size) == "two_shot"
-        total = x if in_place else torch.empty_like(x)
-        ways = {
-            "all_reduce": (x, lambda: (None, symm.all_reduce(x, out=total))),
-            "all_reduce_norm": (x, lambda: then_norm(symm.all_reduce(x, out=total))),
-            "fused": (
-                x,
-                lambda: symm.all_reduce_add_rms_norm(x, residual, weight, eps, gather_sum=False, out=into),
-            ),
-            "fused_gathered": (x, lambda: symm.all_reduce_add_rms_norm(x, residual, weight, eps)),
-        }
-        if tokens <= _TRITON_TOKENS and "triton" in symm.algorithms:
-            ways["fused_triton"] = (
-                x,
-                lambda: symm.all_reduce_add_rms_norm(x, residual, weight, eps, out=into, algorithm="triton"),
-            )
-        if self.torch_memory is not None:
-            theirs, torch_ops = self.torch_memory[:n].view(tokens, hidden), torch.ops.symm_mem
-            one_shot = n * dtype.itemsize <= _TORCH_ONE_SHOT
-            reduce = torch_ops.one_shot_all_reduce if one_shot else torch_ops.two_shot_all_reduce_
-            ways["torch_all_reduce"] = (theirs, lambda: (None, reduce(theirs, "sum", self._name)))
-            ways["torch_norm"] = (theirs, lambda: then_norm(reduce(theirs, "sum", self._name)))
-        wrong = {}
-        for way, (operand, function) in ways.items():
-            operand.copy_(source)
-            normed, _ = function()
-            wrong[way] = 0
-            if normed is not None:
-                error = (normed.float() - expected[0].float()).abs()
-                wrong[way] = self._count(error > 2**-6 * (1 + expected[0].float().abs()))
-        timed = self._time({way: function for way, (_, function) in ways.items()}, calls_for(n * dtype.itemsize))
-        rows = [norm_row(self._common("norm", n * dtype.itemsize, tokens, hidden), way, timed, wrong) for way in timed]
+        rows = self._norms.measure(
+            self._common("norm", tokens * hidden * self.dtype.itemsize, tokens, hidden), tokens, hidden
+        )
         self._print(rows)
         return rows
+
+    def _reduces(self) -> dict[str, tuple[Callable[[int], Any], Callable[[Any], Any]]]:
+        """Torch's all-reduces: where ``n`` elements lie, and the sum of what lies there."""
+        import torch
+        import torch.distributed as dist
+
+        found: dict[str, tuple[Callable[[int], Any], Callable[[Any], Any]]] = {}
+        if self.torch_memory is not None:
+            name, torch_ops = self._name, torch.ops.symm_mem
+            found["torch_one_shot"] = (self._theirs, lambda x: torch_ops.one_shot_all_reduce(x, "sum", name))
+            found["torch_two_shot"] = (self._theirs, lambda x: torch_ops.two_shot_all_reduce_(x, "sum", name))
+        if self.nccl is not None:
+            own: dict[int, Any] = {}
+
+            def buffer(n: int):
+                if n not in own:
+                    own.clear()
+                    own[n] = torch.empty(n, dtype=self.dtype, device="cuda")
+                return own[n]
+
+            found["nccl"] = (buffer, lambda x: dist.all_reduce(x, group=self.nccl) or x)
+        return found
+
+    def _theirs(self, n: int):
+        return self.torch_memory[:n]
 
     def _integers(self, n: int):
         from tp_kernels.testing.numeric import integers
@@ -260,9 +239,9 @@ class _Bench:
         count = wrong.sum().cpu()
         return int(self.group.all_reduce(count))
 
-    def _time(self, ways: Mapping[str, Callable[[], Any]], calls: int) -> dict[str, Timing]:
+    def _time(self, ways: Mapping[str, Callable[[], Any]], calls: int, rounds: int | None = None) -> dict[str, Timing]:
         graphs = {name: captured(function, calls) for name, function in ways.items()}
-        return time_graphs(self.group, self.symm, graphs, calls, self.options.rounds)
+        return time_graphs(self.group, self.symm, graphs, calls, rounds or self.options.rounds)
 
     def _common(self, kind: str, nbytes: int, tokens: int, hidden: int) -> dict[str, Any]:
         return {
@@ -310,27 +289,11 @@ def sum_rows(common: Mapping[str, Any], timed: Mapping[str, Timing], wrong: Mapp
                 "over_peer": "" if peer is None else round(timing.median / peer.median, 3),
                 "over_all_reduce": "",
                 "speedup": "",
+                "best_peer": "",
                 "wrong": wrong[path],
             }
         )
     return rows
-
-
-def norm_row(
-    common: Mapping[str, Any], path: str, timed: Mapping[str, Timing], wrong: Mapping[str, int]
-) -> dict[str, Any]:
-    """``over_all_reduce``: time over our all-reduce alone; ``speedup``: torch's all-reduce, then our norm, over it."""
-    timing, peer = timed[path], timed.get("torch_norm")
-    return {
-        **common,
-        "path": path,
-        **_times(timing),
-        "busbw": "",
-        "over_peer": "",
-        "over_all_reduce": round(timing.median / timed["all_reduce"].median, 3),
-        "speedup": "" if peer is None else round(peer.median / timing.median, 3),
-        "wrong": wrong[path],
-    }
 
 
 def _times(timing: Timing) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tp_kernels._capture import capture_graph
 from tp_kernels.testing.bench import Timing
 
 __all__ = ["Measured", "Roofs", "input_sets", "measure_roofs", "raise_if_lost", "time_competitors"]
@@ -141,17 +142,20 @@ def _turn(
         for i in range(calls):
             function(*sets[i % len(sets)])
 
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            eager()
-    except Exception:
-        torch.cuda.synchronize()
-        del graph  # and with it the pool that allocations of the capture came from
+    graph = _captured(eager, stream)
+    if graph is None:
         return eager, calls, "eager"
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay, calls, "graph"
+
+
+def _captured(function: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+    """A graph of what ``function`` does to the device; None if it cannot be captured."""
+    try:
+        return capture_graph(function, stream=stream)
+    except Exception:
+        return None
 
 
 def measure_roofs() -> Roofs | None:

@@ -70,13 +70,16 @@ def captured(function: Callable[[], Any], calls: int = 1):
     """A CUDA graph of ``calls`` calls, after one outside it."""
     import torch
 
+    from tp_kernels._capture import capture_graph
+
     function()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def play() -> None:
         for _ in range(calls):
             function()
-    return graph
+
+    return capture_graph(play, stream=torch.cuda.Stream())
 
 
 def time_graphs(group, symm, graphs: Mapping[str, Any], calls: int, rounds: int) -> dict[str, Timing]:
@@ -109,11 +112,12 @@ def time_turns(
         rounds: timed turns of each.
         resets: by name, what is called before a turn and not timed.
         group: of the ranks, with a CPU transport; None for one rank.
-        symm: a ``SymmetricMemoryCommunicator`` of the same ranks, over which they meet before each turn.
+        symm: a communicator of the same ranks' GPUs, over which they meet before each turn.
     """
     import torch
 
     ping = torch.zeros(4, device="cuda")
+    at_once = {"algorithm": "one_shot"} if getattr(symm, "backend", "") == "symm" else {}
     seconds: list[list[float]] = []
     for _ in range(rounds + _WARMUP):
         seconds.append([])
@@ -126,7 +130,7 @@ def time_turns(
             else:
                 group.barrier()
                 # Ranks meet on the GPU, then idle there until all hosts have sent their work.
-                symm.all_reduce(ping, out=ping, algorithm="one_shot")
+                symm.all_reduce(ping, out=ping, **at_once)
                 torch.cuda._sleep(100_000)
             start.record()
             play()

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from tp_kernels import one_gpu
+from tp_kernels._capture import capture_graph
 from tp_kernels.comm.communicator import Communicator
 from tp_kernels.comm.paths import (
     LAMPORT,
@@ -248,7 +249,6 @@ def _time_in_turns(
     stream.wait_stream(torch.cuda.current_stream(device))  # the operands were filled there
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for path, (call, is_right) in calls.items():
-        captured = False
         with torch.cuda.stream(stream):
             for _ in range(2):
                 call()
@@ -261,17 +261,18 @@ def _time_in_turns(
             end.synchronize()
         slowest_ms = _host_max(communicator, [start.elapsed_time(end) / 3])[0]
         count = max(1, min(_MOST_CALLS, round(_TURN_MS / max(slowest_ms, 1e-3))))
-        graph = torch.cuda.CUDAGraph()
+        graph = None
+
+        def play(call: Callable[[], Any] = call, count: int = count) -> None:
+            for _ in range(count):
+                call()
+
         try:
-            # Other threads of this process (a watchdog's) go on asking for their events meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(count):
-                    call()
-            captured = True
+            graph = capture_graph(play, stream=stream)
         except Exception as error:
             print(f"rank {communicator.rank}: {path} cannot be captured: {error}", flush=True)
         # A path that fails on one rank is left out on all, before anybody has replayed it.
-        bad = _host_max(communicator, [float(not captured), float(not right)])
+        bad = _host_max(communicator, [float(graph is None), float(not right)])
         if any(bad):
             if communicator.rank == 0:
                 print(f"{path} is left out: {'wrong results' if bad[1] else 'it cannot be captured'}", flush=True)

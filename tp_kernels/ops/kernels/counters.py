@@ -9,11 +9,16 @@ cleared between launches, as long as no two launches that can run at the same ti
   that is zeroed once, at the first eager use of the device (a warm-up precedes every capture), and are not given back:
   4 bytes a counter, 256 Ki counters a device. A capture that finds none left, or no block at all, allocates its own
   and captures their zeroing with it: one more node in the graph, the same result.
+
+What lasts is allocated by a thread of its own. The first run of what ``torch.compile(mode="reduce-overhead")`` made is
+a warm-up whose thread allocates from the pool of the graph to come: whatever stays there, and is no output, is an error
+of Inductor's, and replays would write over it.
 """
 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -43,17 +48,29 @@ def take_counters(x: Tensor, count: int) -> Tensor:
                 _for_captures[index] = left[wanted:]
                 return left[:wanted]
         return torch.zeros(count, dtype=torch.int32, device=x.device)
-    key = (index, torch.cuda.current_stream(index).cuda_stream)
+    stream = torch.cuda.current_stream(index)
+    key = (index, stream.cuda_stream)
     counters = _of_stream.get(key)
     if counters is None or counters.numel() < count:
         # Zeroed in the stream that uses it; an outgrown one is freed into the same stream.
-        counters = _of_stream[key] = torch.zeros(max(count, _EAGER), dtype=torch.int32, device=x.device)
+        counters = _of_stream[key] = _lasting_zeros(max(count, _EAGER), x.device, stream)
         if index not in _for_captures:
-            block = torch.zeros(_CAPTURED, dtype=torch.int32, device=x.device)
+            block = _lasting_zeros(_CAPTURED, x.device, stream)
             # Graphs are replayed in any stream: once in the life of the process the zeros are waited for here.
-            torch.cuda.current_stream(index).synchronize()
+            stream.synchronize()
             _blocks[index] = _for_captures[index] = block
     return counters
+
+
+def _lasting_zeros(count: int, device: torch.device, stream: torch.cuda.Stream) -> Tensor:
+    """Zeros, written on ``stream``, in memory of no pool that this thread allocates from at the moment."""
+
+    def make() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def forget_captures() -> None:

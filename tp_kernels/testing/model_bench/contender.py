@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,8 +35,16 @@ class Contender(Protocol):
         """The tokens [B, steps + 1] that follow the prompts ``ids`` [B, S], through the calls that are timed."""
         ...
 
+    def first_tokens(self, prompts: Sequence[Tensor]) -> Tensor:
+        """The token [n] that follows each of ``prompts`` (ids [S], of different lengths), by ``prefill_mixed``."""
+        ...
+
     def prefill(self, ids: Tensor) -> Turn:
         """A turn that runs the prompts ``ids`` into an empty cache and chooses the first tokens."""
+        ...
+
+    def prefill_mixed(self, prompts: Sequence[Tensor]) -> Turn:
+        """The same for prompts of different lengths in one batch: packed or padded, as the implementation does it."""
         ...
 
     def decode(self, batch: int, context: int, steps: int) -> Turn:
@@ -58,6 +66,8 @@ class PlainContender:
             have to be captured anew for every token: a bound for what plain PyTorch can reach. On a CPU all run
             eagerly.
         states: caches by (batch, slots), to be shared with contenders that never run at the same time.
+        capture: called as ``capture(step, stream=stream)`` on a GPU; returns the graph, or raises and leaves PyTorch as
+            it was before.
     """
 
     WAYS = ("graph", "eager", "graph one length")
@@ -65,10 +75,16 @@ class PlainContender:
     # Slots of a cache come in whole pages of our engine's size, so that a mask's rows are aligned.
     PAGE = 64
 
-    def __init__(self, model: PlainModel, how: str = "eager", states: dict[tuple[int, int], PlainState] | None = None):
+    def __init__(
+        self,
+        model: PlainModel,
+        how: str = "eager",
+        states: dict[tuple[int, int], PlainState] | None = None,
+        capture: Callable[..., Any] | None = None,
+    ):
         if how not in self.WAYS:
             raise ValueError(f"how must be one of {', '.join(map(repr, self.WAYS))}, got {how!r}")
-        self._model, self._how = model, how
+        self._model, self._how, self._capture = model, how, capture
         self._states = {} if states is None else states
         self._graphs: list[Any] = []
 
@@ -85,9 +101,24 @@ class PlainContender:
         self.close()
         return torch.stack(found, dim=1)
 
+    def first_tokens(self, prompts: Sequence[Tensor]) -> Tensor:
+        ids, last = self._padded(prompts)
+        return self._model.prefill(ids, self._state(*ids.shape), last).clone()
+
     def prefill(self, ids: Tensor) -> Turn:
         state = self._state(*ids.shape)
         return Turn(lambda: self._model.prefill(ids, state))
+
+    def prefill_mixed(self, prompts: Sequence[Tensor]) -> Turn:
+        ids, last = self._padded(prompts)
+        state = self._state(*ids.shape)
+        return Turn(lambda: self._model.prefill(ids, state, last))
+
+    @staticmethod
+    def _padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(ids padded behind the prompts, where nothing sees the padding; the place of each one's last token)."""
+        ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+        return ids, torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
 
     def decode(self, batch: int, context: int, steps: int) -> Turn:
         state = self._state(batch, context + steps)
@@ -120,6 +151,8 @@ class PlainContender:
 
         if self._how == "eager" or not state.tokens.is_cuda:
             return step
+        if self._capture is None:
+            raise ValueError(f"how={self._how!r} on a GPU: expected a function for capture=")
         tokens = state.tokens.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -128,9 +161,7 @@ class PlainContender:
                 state.position.fill_(context)
                 step()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step()
+        graph = self._capture(step, stream=stream)
         state.position.fill_(context)
         state.tokens.copy_(tokens)
         self._graphs.append(graph)

@@ -4,17 +4,24 @@ As good as that gets: query/key/value and gate/up projections fused, one rotatio
 static KV cache, ``F.rms_norm``, cuDNN's attention where torch offers it. Grouped queries pass through attention as
 several query rows of one KV head, so that no key is repeated. It takes its weights from whoever has them, without a
 copy; in fp32, with weights made one layer at a time, it is the reference of the benchmark's checks.
+
+Over several ranks it is cut as Megatron cuts: heads, MLP width and words, with a sum over the ranks behind the
+embedding, each output projection and each down projection (``sums.py`` has the ways to add). The next tokens take one
+small sum more, of every rank's best (logit, token), so that no logits travel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tp_kernels.testing.model_bench.sums import Sums
 
 __all__ = ["LayerWeights", "PlainModel", "PlainState"]
 
@@ -64,6 +71,8 @@ class PlainModel:
         heads, kv_heads, head_dim: of these weights (one shard's, perhaps).
         theta: base of the rotation.
         eps: of the norms.
+        sums: adds over the ranks that share the model; None where these weights are all there are.
+        first_word: of ``embed`` and ``head``; the ranks' words ascend.
     """
 
     def __init__(
@@ -78,9 +87,12 @@ class PlainModel:
         head_dim: int,
         theta: float,
         eps: float,
+        sums: Sums | None = None,
+        first_word: int = 0,
     ):
         self.embed, self.layers, self.norm, self.head = embed, layers, norm, head
         self.heads, self.kv_heads, self.head_dim, self.theta, self.eps = heads, kv_heads, head_dim, theta, eps
+        self._sums, self._first_word = sums, first_word
         self._tables: tuple[Tensor, Tensor] | None = None
         self._not_by_cudnn: set[tuple[torch.Size, torch.Size]] = set()
 
@@ -93,14 +105,25 @@ class PlainModel:
         return PlainState(keys, values, position, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits of every position of ``ids`` [B, S], without a cache: [B, S, words]."""
+        """Logits of every position of ``ids`` [B, S], without a cache: [B, S, words], of this rank's words."""
         return F.linear(self._run(ids, None), self.head)
 
-    def prefill(self, ids: Tensor, state: PlainState) -> Tensor:
-        """Run prompts [B, S] into the cache and choose the next tokens, which are kept in ``state`` and returned."""
-        hidden = self._run(ids, state)[:, -1]
+    def prefill(self, ids: Tensor, state: PlainState, last: Tensor | None = None) -> Tensor:
+        """Run prompts [B, S] into the cache and choose the next tokens, which are kept in ``state`` and returned.
+
+        Args:
+            ids: int64.
+            state: is changed in place.
+            last: int64 [B], where each prompt ends, for prompts that were padded behind their end; no steps can
+                follow, as the rows are then not equally long. None: all end with the last column.
+        """
+        hidden = self._run(ids, state)
+        if last is None:
+            hidden = hidden[:, -1]
+        else:
+            hidden = hidden.gather(1, last.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
         state.position.fill_(ids.shape[1])
-        state.tokens.copy_(F.linear(hidden, self.head).argmax(-1))
+        self._choose(state.tokens, hidden)
         return state.tokens
 
     def decode(self, state: PlainState, length: int | None = None) -> None:
@@ -117,7 +140,7 @@ class PlainModel:
             mask = torch.zeros(later.shape, device=later.device, dtype=self.norm.dtype).masked_fill_(later, -torch.inf)
             mask = mask.view(1, 1, 1, -1)
         cos, sin = (table.index_select(0, state.position) for table in self._rotation(state.max_len))
-        x = F.embedding(state.tokens.unsqueeze(1), self.embed)
+        x = self._embedded(state.tokens.unsqueeze(1))
         for number, layer in enumerate(self.layers):
             q, k, v = self._qkv(x, layer, cos, sin)
             keys, values = state.keys[number], state.values[number]
@@ -128,14 +151,13 @@ class PlainModel:
             grouped = q.reshape(q.shape[0], self.kv_heads, self.heads // self.kv_heads, self.head_dim)
             mixed = self._attention(grouped, keys, values, attn_mask=mask)
             x = self._rest(x, mixed.reshape(q.shape[0], 1, -1), layer)
-        hidden = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)[:, 0]
-        state.tokens.copy_(F.linear(hidden, self.head).argmax(-1))
+        self._choose(state.tokens, F.rms_norm(x, x.shape[-1:], self.norm, self.eps)[:, 0])
         state.position.add_(1)
 
     def _run(self, ids: Tensor, state: PlainState | None) -> Tensor:
         length = ids.shape[1]
         cos, sin = (table[:length] for table in self._rotation(length if state is None else state.max_len))
-        x = F.embedding(ids, self.embed)
+        x = self._embedded(ids)
         for number, layer in enumerate(self.layers):
             q, k, v = self._qkv(x, layer, cos, sin)
             if state is not None:
@@ -175,9 +197,34 @@ class PlainModel:
         return F.scaled_dot_product_attention(q, k, v, **options)
 
     def _rest(self, x: Tensor, mixed: Tensor, layer: LayerWeights) -> Tensor:
-        x = x + F.linear(mixed, layer.o)
+        x = x + self._summed(mixed, layer.o)
         gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer.post_norm, self.eps), layer.gate_up).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, layer.down)
+        return x + self._summed(F.silu(gate) * up, layer.down)
+
+    def _summed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A projection of which every rank has a part of the inputs; gone with the next sum."""
+        return F.linear(x, weight) if self._sums is None else self._sums.linear(x, weight)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        if self._sums is None:
+            return F.embedding(ids, self.embed)
+        places = ids - self._first_word
+        others = (places < 0) | (places >= self.embed.shape[0])
+        x = F.embedding(places.masked_fill(others, 0), self.embed).masked_fill_(others.unsqueeze(-1), 0.0)
+        return self._sums.add(x)
+
+    def _choose(self, tokens: Tensor, hidden: Tensor) -> None:
+        """Write the most likely token of each row [B, hidden] to ``tokens`` [B], the same on all ranks."""
+        logits = F.linear(hidden, self.head)
+        if self._sums is None:
+            tokens.copy_(logits.argmax(-1))
+            return
+        best, words = logits.max(-1)
+        offers = torch.zeros(self._sums.world_size, 2, len(best), dtype=torch.float32, device=best.device)
+        offers[self._sums.rank, 0].copy_(best)
+        offers[self._sums.rank, 1].copy_(words + self._first_word)  # exact: there are fewer than 2^24 words
+        offers = self._sums.add(offers)
+        tokens.copy_(offers[:, 1].gather(0, offers[:, 0].argmax(0, keepdim=True))[0])
 
     def _rotation(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [>= length, D] in the model's dtype, computed in fp32."""

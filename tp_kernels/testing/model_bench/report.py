@@ -17,16 +17,32 @@ __all__ = ["Case", "Entry", "case_lines", "plot", "rows_of"]
 
 
 class Case(NamedTuple):
-    """One thing that is measured: ``batch`` prompts of ``tokens`` tokens, or a token each after ``context`` others."""
+    """One thing that is measured.
+
+    Attributes:
+        what: "prefill", "decode", or "mixed": a prefill of prompts of different lengths.
+        batch: rows.
+        tokens: new ones of each row, of the longest if they differ.
+        context: cached before.
+        lengths: of each prompt, where they differ.
+    """
 
     what: str
     batch: int
     tokens: int
     context: int
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def new_tokens(self) -> int:
+        """Over all rows."""
+        return sum(self.lengths) if self.lengths else self.batch * self.tokens
 
     def __str__(self) -> str:
         if self.what == "prefill":
             return f"prefill of {self.batch} x {self.tokens} tokens"
+        if self.what == "mixed":
+            return f"prefill of {'+'.join(map(str, self.lengths))} tokens together"
         return f"decode, batch {self.batch} after {self.context} tokens"
 
 
@@ -44,6 +60,7 @@ class Entry:
         goal: for this contender in this case, if there is one.
         failure: why it did not run.
         off: the name of the same without communication, on the same ranks.
+        sums: what adds over the ranks: "symm", "nccl", ...; "off" where nothing does, "" on one rank.
     """
 
     ours: bool
@@ -56,6 +73,7 @@ class Entry:
     goal: Goal | None = None
     failure: str = ""
     off: str = ""
+    sums: str = ""
 
 
 def rows_of(
@@ -70,12 +88,16 @@ def rows_of(
         roofs: what this GPU reached in the same run; None leaves percentages out.
     """
     right = [e for e in entries.values() if e.timing and (e.verdict is None or e.verdict.good)]
-    best_peer = min((e.timing.median for e in right if not e.ours), default=None)
+    peers = {name: e.timing.median for name, e in entries.items() if e in right and not e.ours}
+    best_peer = min(peers.values(), default=None)
+    best_name = min(peers, key=peers.__getitem__, default="")
     rows = []
     for name, entry in entries.items():
         timing, seconds = entry.timing, entry.timing.median if entry.timing else None
         off = entries[entry.off].timing if entry.off else None
         over_off = _ratio(seconds, off.median) if off else None
+        # What adds nothing up competes with nobody.
+        times_best = None if entry.sums == "off" else _ratio(best_peer, seconds)
         roof = _roof(entry, roofs)
         reached = {"ms": seconds and seconds * 1e3, "over_off": over_off}
         goal, met = "", ""
@@ -91,20 +113,23 @@ def rows_of(
                 "batch": case.batch,
                 "tokens": case.tokens,
                 "context": case.context,
+                "lengths": "+".join(map(str, case.lengths)),
                 "contender": name,
                 "ours": int(entry.ours),
+                "sums": entry.sums,
                 "quantize": entry.quantize,
                 "mode": entry.mode,
                 "ms": _rounded(seconds, 1e3, 4),
                 "q20_ms": _rounded(timing and timing.q20, 1e3, 4),
                 "q80_ms": _rounded(timing and timing.q80, 1e3, 4),
-                "tokens_s": _rounded(_ratio(case.batch * case.tokens, seconds), 1, 1),
+                "tokens_s": _rounded(_ratio(case.new_tokens, seconds), 1, 1),
                 "gb_read": _rounded(entry.bytes or None, 1e-9, 6),
                 "tb_s": _rounded(_ratio(entry.bytes, seconds), 1e-12, 3),
                 "tflop": _rounded(entry.flops or None, 1e-12, 6),
                 "tflop_s": _rounded(_ratio(entry.flops, seconds), 1e-12, 1),
                 "percent_of_roof": _rounded(_ratio(roof, seconds), 100, 1),
-                "times_best_peer": _rounded(_ratio(best_peer, seconds), 1, 3),
+                "times_best_peer": _rounded(times_best, 1, 3),
+                "best_peer": best_name if times_best else "",
                 "over_off": _rounded(over_off, 1, 3),
                 "goal": goal,
                 "met": met,
@@ -137,20 +162,25 @@ def case_lines(case: Case, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [str(case)]
     for row in sorted(rows, key=lambda row: (row["ms"] == "", row["ms"])):
         if row["ms"] == "":
-            lines.append(f"    {row['contender']:26} {row['verdict']}")
+            lines.append(f"    {row['contender']:27} {row['verdict']}")
             continue
         rate = f"{row['tflop_s']:8.1f} TFLOP/s" if row["tflop_s"] != "" else f"{row['tb_s']:8.3f} TB/s   "
         of_roof = f"{row['percent_of_roof']:5.1f}% of roof" if row["percent_of_roof"] != "" else ""
         peer = "best peer" if row["quantize"] == "none" else "best unquantised peer"
         ratio = f"{row['times_best_peer']:6.3f}x {peer}" if row["times_best_peer"] != "" else ""
-        ratio = f"{row['over_off']:6.3f}x off" if row["over_off"] != "" else ratio
+        off = f"{row['over_off']:6.3f}x off" if row["over_off"] != "" else ""
         goal = f"goal {row['goal']}: {row['met']}" if row["goal"] else ""
         wrong = f"WRONG by {row['error']}, allowed {row['allowed_error']}" if row["verdict"] == "wrong" else ""
         lines.append(
-            f"    {row['contender']:26} {row['ms']:10.3f} ms {row['tokens_s']:10.1f} tokens/s {rate} {of_roof:14} "
-            f"{ratio:17} {goal} {wrong} ({row['mode']})"
+            f"    {row['contender']:27} {row['ms']:10.3f} ms {row['tokens_s']:10.1f} tokens/s {rate} {of_roof:14} "
+            f"{off:11} {ratio:17} {goal} {wrong} ({row['mode']})"
         )
     return [line.rstrip() for line in lines]
+
+
+def _case_of(row: Mapping[str, Any]) -> Case:
+    lengths = tuple(map(int, row["lengths"].split("+"))) if row["lengths"] else ()
+    return Case(row["what"], row["batch"], row["tokens"], row["context"], lengths)
 
 
 def plot(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -160,13 +190,13 @@ def plot(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Non
         ModuleNotFoundError: says how to install matplotlib.
     """
     pyplot = load_pyplot()
-    cases: dict[tuple, list[Mapping[str, Any]]] = {}
+    cases: dict[Case, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["ms"] != "":
-            cases.setdefault(tuple(row[key] for key in ("what", "batch", "tokens", "context")), []).append(row)
+            cases.setdefault(_case_of(row), []).append(row)
     machine = machine_record()
     figure, panels = pyplot.subplots(1, max(1, len(cases)), figsize=(max(6, 3.4 * len(cases)), 4.5), squeeze=False)
-    for axes, (key, found) in zip(panels[0], cases.items(), strict=False):
+    for axes, (case, found) in zip(panels[0], cases.items(), strict=False):
         ours = {row["contender"] for row in found if row["ours"]}
         names = [row["contender"] for row in found]
         low = [max(0.0, row["ms"] - row["q20_ms"]) for row in found]
@@ -178,7 +208,7 @@ def plot(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> Non
             if row["percent_of_roof"] != "":
                 roof = row["ms"] * row["percent_of_roof"] / 100
                 axes.plot([bar.get_x(), bar.get_x() + bar.get_width()], [roof, roof], color="tab:red", linewidth=1.5)
-        axes.set_title(str(Case(*key)), fontsize=8)
+        axes.set_title(str(case), fontsize=8)
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
         axes.set_ylabel("ms")
     first = rows[0]

@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from tp_kernels.testing.bench import write_csv
 from tp_kernels.testing.gpu_timer import measure_roofs, raise_if_lost
 from tp_kernels.testing.op_bench import report
 from tp_kernels.testing.op_bench.case import MODELS
-from tp_kernels.testing.op_bench.runner import Selection, bench_names, rows_of, run_case, select_cases
+from tp_kernels.testing.op_bench.runner import Selection, bench_names, by_rows, rows_of, run_case, select_cases
 
 __all__ = ["add_bench_arguments", "add_tune_arguments", "run_bench", "run_tune"]
 
@@ -30,7 +31,12 @@ def _add_selection(parser: argparse.ArgumentParser, models: list[str], tps: list
     sizes = f"tensor-parallel sizes; shapes are one rank's (default: {' '.join(map(str, tps))})"
     parser.add_argument("--tp", type=int, nargs="+", default=tps, metavar="N", help=sizes)
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[], metavar="N", help="numbers of tokens (default: each op's own)"
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="numbers of tokens, first things first (default: each op's own)",
     )
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=sorted(_DTYPES), help="default: bf16")
     parser.add_argument(
@@ -66,11 +72,14 @@ def run_bench(args: argparse.Namespace) -> int:
     roofs = measure_roofs()
     if roofs:
         print(f"roofs now: copy {roofs.copy / 1e12:.2f} TB/s, cuBLAS bf16 8192^3 {roofs.matmul / 1e12:.0f} TFLOP/s")
-    rows, skipped, broken = [], 0, 0
+    selection = _selection(args)
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    broken = 0
     with torch.no_grad(), contextlib.nullcontext() if device == "cuda" else pretend(H100):
-        for case in select_cases(_selection(args)):
+        for case in by_rows(select_cases(selection), selection.rows):
             if time.monotonic() > deadline:
-                skipped += 1
+                skipped.append(f"{case.op} {case.label}")
                 continue
             try:
                 with torch.set_grad_enabled(bool(case.extra.get("grad", False))):
@@ -87,7 +96,7 @@ def run_bench(args: argparse.Namespace) -> int:
             if args.csv:
                 write_csv(args.csv, rows)
     if skipped:
-        print(f"{skipped} cases left out: --minutes {args.minutes:g} were over")
+        print(f"{len(skipped)} cases left out because --minutes {args.minutes:g} were over: {'; '.join(skipped)}")
     if not rows:
         raise ValueError("no case was selected")
     for line in report.summary_by_rows(rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pkgutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -17,7 +17,7 @@ from tp_kernels.testing import op_bench
 from tp_kernels.testing.gpu_timer import Measured, Roofs, input_sets, raise_if_lost, time_competitors
 from tp_kernels.testing.op_bench.case import MODELS, Case
 
-__all__ = ["Selection", "Verdict", "bench_modules", "bench_names", "check_case", "run_case", "select_cases"]
+__all__ = ["Selection", "Verdict", "bench_modules", "bench_names", "by_rows", "check_case", "run_case", "select_cases"]
 
 _SEED = 20240229
 _MACHINERY = frozenset(("case", "commands", "report", "runner", "shapes", "tuner"))
@@ -92,6 +92,15 @@ def select_cases(selection: Selection) -> Iterator[Case]:
                         if key not in seen:
                             seen.add(key)
                             yield case
+
+
+def by_rows(cases: Iterable[Case], rows: Sequence[int]) -> list[Case]:
+    """The cases in the order of ``rows``: all shapes of the first number of rows, then those of the next.
+
+    Cases of no such number keep their place in front, as do all where no rows are asked for.
+    """
+    place = {count: index for index, count in enumerate(rows)}
+    return sorted(cases, key=lambda case: place.get(case.sizes.get("m", 0), -1))
 
 
 def competitors_of(case: Case, configs: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
