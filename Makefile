@@ -2,7 +2,7 @@
 #   make demo    SmolLM2-135M generating text at tp=1 and tp=2        make lint    ruff, clang-format (check only)
 #   make test    the whole test suite, at most 15 minutes on 2 cores  make format  apply both formatters
 #   make bench   CPU benchmarks, CSV and plots under benchmarks/results/<machine>
-#   make gpu     for a machine with a GPU: doctor, tests, sanitizer, benchmarks (PART=name for one, GPU_OUT=dir for results,
+#   make gpu     for a machine with a GPU: doctor, tests, sanitizer, benchmarks (PART="tests engine" for these, GPU_OUT=dir for results,
 #                MINUTES=9.5 to start nothing that may not end by then; called again, it goes on; FAILED=1 repeats failures)
 #   make gpu-results GPU_OUT=dir MACHINE=h100   puts its tuning table, CSV and plots where they are kept, and rewrites the
 #                documents' figures (ALSO="bench-linear" takes what a command left that did not end well)
@@ -67,7 +67,7 @@ bench: $(VENV)/.test
 
 # No venv here: such machines come with their own torch, and the package is built against nothing of it.
 gpu:
-	$(PYTHON) benchmarks/run_gpu.py $(if $(PART),--part $(PART)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FAILED),--failed) --out $(or $(GPU_OUT),gpu_out)
+	$(PYTHON) benchmarks/run_gpu.py $(PART:%=--part %) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FAILED),--failed) --out $(or $(GPU_OUT),gpu_out)
 
 gpu-results:
 	$(PYTHON) benchmarks/collect.py $(or $(GPU_OUT),gpu_out) --machine $(or $(MACHINE),$(error MACHINE=name of the GPU, for example h100)) $(ALSO:%=--also %)

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from tp_kernels.testing.bench import load_pyplot
+from tp_kernels.testing.op_bench.report import table_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -159,16 +160,6 @@ def merge(new: Mapping[str, Any], old: Mapping[str, Any] | None) -> dict[str, An
     return {**new, "ops": ops}
 
 
-def dump(table: Mapping[str, Any]) -> str:
-    """JSON with an entry a line, as ``tp-kernels tune`` writes it."""
-    ops = ",\n".join(
-        f"  {json.dumps(op)}: [\n" + ",\n".join(f"   {json.dumps(row)}" for row in rows) + "\n  ]"
-        for op, rows in sorted(table["ops"].items())
-    )
-    head = {name: value for name, value in table.items() if name != "ops"}
-    return json.dumps(head, indent=1)[:-2] + f',\n "ops": {{\n{ops}\n }}\n}}\n'
-
-
 def collect(out: Path, machine: str, root: Path, also: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Put everything into its place under ``root``.
 
@@ -198,7 +189,7 @@ def collect(out: Path, machine: str, root: Path, also: Sequence[str] = ()) -> tu
         if "ops" in table:
             old = shipped / path.name
             merged = merge(table, json.loads(old.read_text(encoding="utf-8")) if old.exists() else None)
-            texts[shipped / path.name] = dump(merged)
+            texts[shipped / path.name] = table_text(merged)
         else:  # of ways between ranks: the user's own box decides by its own, this one is for the record
             texts[results / path.name] = path.read_text(encoding="utf-8")
     for path, text in texts.items():

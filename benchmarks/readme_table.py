@@ -129,7 +129,8 @@ def model_table(folder: Path) -> list[str]:
         peer = _best_peer(row, rows)
         of = f"tp={row['tp']}" if row["shard"] == "1" else f"one shard of {row['shard']}"
         case = f"decode after {row['context']}, a token" if row["what"] == "decode" else f"prefill of {row['tokens']}"
-        beside = f"{peer['contender']} {float(peer['ms']):.2f} ms" if peer else ""
+        weights = "" if row["quantize"] == "none" else f", {row['dtype']} weights"
+        beside = f"{peer['contender']} {float(peer['ms']):.2f} ms{weights}" if peer else ""
         ratio = f"{float(peer['ms']) / float(row['ms']):.2f}x" if peer else ""
         over = f"{row['over_off']}x of communication switched off" if row["over_off"] else ""
         said = "; ".join(part for part in (ratio, over) if part)
@@ -218,7 +219,7 @@ def _norm_lines(rows: list[dict[str, str]]) -> list[str]:
     for case in _cases(rows, "ranks", "dtype", "hidden", "tokens"):
         first = case[0]
         fused = next((row for row in case if row["path"] == "fused" and row["wrong"] == "0"), None)
-        peer = next((row for row in case if row["path"] == first["best_peer"]), None)
+        peer = next((row for row in case if row["path"] == first["best_peer"] and row["wrong"] == "0"), None)
         if fused and peer and first["tokens"] in _NORM_TOKENS:
             of = f"all-reduce + residual + norm, {first['tokens']} x {first['hidden']}, {first['ranks']} ranks"
             alone = f"{fused['over_all_reduce']}x of the all-reduce alone"
@@ -235,17 +236,21 @@ def _overlap_lines(rows: list[dict[str, str]]) -> list[str]:
             best = _fastest([row for row in over if row["path"] != "none" and row["wrong_sums"] == "0"])
             if best is None:
                 continue
-            none = next(row for row in over if row["path"] == "none" and row["max_ctas"] == best["max_ctas"])
+            # Whatever NCCL may take for it: overlap that wants few blocks must not make one after the other look slow.
+            none = _fastest([row for row in over if row["path"] == "none" and row["wrong_sums"] == "0"])
+            if none is None:
+                continue
             hidden = f"{100 * float(best['hidden']):.0f}% of the shorter hidden"
             one_by_one = _us(none, "one after the other")
             lines.append(f"| {of}, {best['backend']} | {_us(best)} | {one_by_one} | {_ratio(none, best)}, {hidden} |")
         for row in case:
             if row["backend"] == "torch" and row["wrong_sums"] == "0":
                 lines.append(f"| {of} | {row['beside']} | {_us(row)} | {1 / float(row['ours_over_peer']):.2f}x |")
-    for of_op in _cases([row for row in rows if row["path"] == "none"], "op", "backend", "ranks"):
+    for of_op in _cases([row for row in rows if row["path"] == "none"], "op", "backend", "ranks", "max_ctas"):
         first, taken = of_op[0], [row["m"] for row in of_op if row["gate"] != "none"]
+        blocks = "" if first["max_ctas"] == "0" else f" with at most {first['max_ctas']} blocks"
         lines.append(
-            f'| `{first["op"]}`, {first["ranks"]} ranks, {first["backend"]} | "auto" overlaps {len(taken)} of '
+            f'| `{first["op"]}`, {first["ranks"]} ranks, {first["backend"]}{blocks} | "auto" overlaps {len(taken)} of '
             f"{len(of_op)} measured shapes | | |"
         )
     return lines

@@ -7,6 +7,8 @@ from transformers import AutoTokenizer
 
 import tp_kernels as tp
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 with tp.ProcessGroupManager.initialize(device="cuda" if torch.cuda.is_available() else "cpu") as manager:
     model = tp.from_pretrained(sys.argv[1])  # a LlamaForCausalLM, patched; each rank reads only its shard
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])

@@ -68,5 +68,13 @@ def test_hf_generate_takes_a_gpu_if_there_is_one(monkeypatch, there, device):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(tp.ProcessGroupManager, "initialize", initialize)
+    monkeypatch.setattr("sys.argv", ["hf_generate.py", "folder", "text"])
     with pytest.raises(AskedFor, match=repr({"device": device})):
+        runpy.run_path(str(EXAMPLES / "hf_generate.py"), run_name="__main__")
+
+
+def test_hf_generate_without_arguments_says_how_to_call_it(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.argv", ["hf_generate.py"])
+    with pytest.raises(SystemExit, match=r"hf_generate\.py FOLDER TEXT"):
         runpy.run_path(str(EXAMPLES / "hf_generate.py"), run_name="__main__")

@@ -5,6 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
+
+import tp_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -53,6 +57,21 @@ def test_a_changed_figure_is_noticed(monkeypatch, tmp_path, capsys):
     assert script.main() == 0 and (tmp_path / "README.md").read_text(encoding="utf-8") == readme
     monkeypatch.setattr("sys.argv", ["readme_table.py", "--check"])
     assert script.main() == 0, "the same files make the same document"
+
+
+def test_the_overlap_example_runs(capsys):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("### Overlap")[1]
+    (example,) = re.findall(r"```python\n(.*?)```", section.split("\n#")[0], re.DOTALL)
+    names = {"tp": tp_kernels, "torch": torch}
+    exec(example, names)
+    assert names["y"].shape == (256, 512)
+    assert capsys.readouterr().out == "()\nnone: one rank has nobody to talk to\n"
+
+
+def test_links_lead_somewhere():
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8"))
+        assert [link for link in links if not (document.parent / link).exists()] == [], document.name
 
 
 def test_every_environment_variable_is_documented():

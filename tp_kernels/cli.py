@@ -58,6 +58,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         command.set_defaults(run=module.run)
         if only in (None, module.NAME):
             module.add_arguments(command)
+    commands.metavar = f"{{{','.join(commands.choices)}}}"
     return parser
 
 

@@ -16,6 +16,10 @@
 // one more exchange unless their last one already follows the last read. Writes to a peer's memory follow the first
 // exchange of the call: then all ranks are in this call, so none of them still reads what it overwrites there in an
 // earlier one, and the peer's stream has come to this call too.
+// The kernel that multiplies as well (tp_kernels/ops/kernels/peer_linear_kernel.py) keeps this as a whole, not block by
+// block: it ends only with all its results, and each of those needed a flag of the call that the owner of its rows had
+// seen from every peer. It writes to the peers' halves without an exchange: to the one that call n - 2 used, which all
+// ranks have ended when call n - 1 has ended anywhere.
 //
 // Blocks of a grid start in order of index and block b waits for blocks b only, so ranks make progress even if not all
 // blocks fit at once; grids are nevertheless capped by max_blocks.

@@ -256,6 +256,25 @@ def test_a_dtype_that_weights_cannot_have_is_refused(tmp_path, dtype):
         load_model(tmp_path, dtype=dtype)
 
 
+def test_overlap_is_asked_of_the_projections(checkpoints):
+    folder, _ = checkpoints
+    for options, asked in (({}, "auto"), ({"overlap": "none"}, "none")):
+        for layer in load_model(folder / "qwen3-4h1", progress=False, **options).model.layers:
+            assert (layer.self_attn.o_proj.overlap, layer.mlp.down_proj.overlap) == (asked, asked)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"overlap": "some"}, "auto, none, chunked, fused, got 'some'"),
+        ({"overlap": "chunked"}, "for quantised weights"),
+    ],
+)
+def test_an_overlap_that_cannot_be_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path, quantize="int8", **options)
+
+
 def test_progress_is_reported_to_a_function(checkpoints):
     folder, _ = checkpoints
     calls = []

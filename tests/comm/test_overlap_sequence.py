@@ -163,8 +163,9 @@ def test_auto_takes_what_was_measured_for_each_op(table):
         out = ops.linear_reduce_scatter(everyone, row, sizes=sizes, group=group, in_features=256)
         assert torch.equal(out, 256.0 * torch.ones(2048, 128))
         assert group.communicator.log == ["reduce_scatter_async"] * 4 + ["reduce_scatter wait"] * 4
-        unnamed = ops.choose_linear_reduce_scatter(everyone, row, group=group)
-        assert unnamed.path == "none" and "in_features is not given" in unnamed.reason
+        assert "in_features is not given" in ops.choose_linear_reduce_scatter(everyone, row, group=group).reason
+        empty = ops.choose_linear_reduce_scatter(everyone[:, :0], row[:, :0], group=group, in_features=256)
+        assert empty.path == "chunked", "a rank without features decides as the others do"
     table("linear_reduce_scatter", none=101.0, chunked=100.0)
     assert paths(agreed_pair()) == ("none", "none")
 

@@ -483,8 +483,8 @@ def _create_and_destroy(group, times, options):
     return history
 
 
-def test_created_and_destroyed_many_times_without_growth(gpu_ranks):
-    for history in run(gpu_ranks, 2, _create_and_destroy, 30, {}, timeout=120.0):
+def test_created_and_destroyed_a_hundred_times_without_growth(gpu_ranks):
+    for history in run(gpu_ranks, 2, _create_and_destroy, 100, {}, timeout=170.0):
         threads, files, allocated, _ = zip(*history, strict=True)
         assert threads[-1] <= threads[0] + 2 and files[-1] <= files[0] + 4 and allocated[-1] <= allocated[0], history
 

@@ -332,9 +332,9 @@ def recreated(group, tag, times):
     return free[9] - free[times - 1]
 
 
-def test_made_and_closed_many_times(gpu_ranks):
-    lost = gpu_ranks(2, backend="gloo").run(recreated, uuid.uuid4().hex, 40, timeout=100.0)
-    # Each has 5.8 MB: four parts of 1 MiB, a quarter of one, Lamport buffers. Thirty of them would be 174 MB.
+def test_made_and_closed_a_hundred_times(gpu_ranks):
+    lost = gpu_ranks(2, backend="gloo").run(recreated, uuid.uuid4().hex, 100, timeout=170.0)
+    # Each has 5.8 MB: four parts of 1 MiB, a quarter of one, Lamport buffers. Ninety of them would be 520 MB.
     assert max(lost) < 32 << 20, f"{lost} bytes of device memory are gone"
 
 

@@ -294,6 +294,9 @@ def test_an_engine_is_kept_for_its_model():
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with engine_for(model, [10]) as moved:
         assert moved is not larger and larger._closed
+    model.model.layers[0].mlp.down_proj.overlap = "none"  # which graphs have captured
+    with engine_for(model, [10]) as other:
+        assert other is not moved and moved._closed
     with pytest.raises(RuntimeError, match="mine"), engine_for(model, [10]) as broken:
         raise RuntimeError("mine")
     assert broken._closed and model not in engines._idle

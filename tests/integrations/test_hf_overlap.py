@@ -67,6 +67,16 @@ def scaled(module, args, output):
     return output.mul_(2)
 
 
+def twice(asked, plain):
+    """A layer that comes twice has two different layers behind it."""
+    for model in (asked, plain):
+        layers = model.model.layers
+        model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList(layers[i] for i in (0, 0, 1)), 3
+    torch.testing.assert_close(*(model(IDS, use_cache=False).logits for model in (asked, plain)))
+    for model in (asked, plain):
+        model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList(model.model.layers[1:]), 2
+
+
 def model_passes(group, name):
     late = TPGroup(DelayedCommunicator(group.communicator), ranks=group.ranks)
     asked, plain = patched(name, late, overlap="chunked"), patched(name, group)
@@ -106,6 +116,8 @@ def model_passes(group, name):
             assert sums(log) == (2 * len(layers) - 2, 2)
             for hook in hooks:
                 hook.remove()
+        if name.startswith("llama"):  # where the config says nothing of single layers
+            twice(asked, plain)
         # So is a layer whose forward was replaced on the module.
         for model in (asked, plain):
             layer = model.model.layers[0]
@@ -130,11 +142,13 @@ def test_what_was_left_goes_to_whoever_has_the_same_states():
     second.input_layernorm = torch.nn.Identity()
     handover, states = Handover([first, second]), torch.zeros(2)
     assert handover.norm_behind(first) is second.input_layernorm and handover.norm_behind(second) is None
-    assert handover.take(states) is None
-    handover.put(states, states + 1)
-    assert handover.take(states.clone()) is None and handover.take(states) is None, "it is gone then"
-    handover.put(states, states + 1)
-    assert torch.equal(handover.take(states), states + 1)
+    norm = second.input_layernorm
+    assert handover.take(states, norm) is None
+    for other in ((states.clone(), norm), (states, torch.nn.Identity())):
+        handover.put(states, norm, states + 1)
+        assert handover.take(*other) is None and handover.take(states, norm) is None, "it is gone then"
+    handover.put(states, norm, states + 1)
+    assert torch.equal(handover.take(states, norm), states + 1)
 
 
 @pytest.mark.parametrize("world_size, name", [(2, "llama-9h3-tied-rope3"), (3, "qwen3-4h1")])

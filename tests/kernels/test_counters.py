@@ -11,6 +11,7 @@ import torch
 
 from tp_kernels import ops
 from tp_kernels.ops.kernels import counters
+from tp_kernels.ops.kernels.skinny import Config, skinny_matmul
 
 
 @pytest.fixture
@@ -53,6 +54,24 @@ def test_captures_get_counters_anew_once_their_graphs_are_gone(gpu):
     assert counters.take_counters(gpu, 40).data_ptr() != first.data_ptr()
     counters.forget_captures()
     assert counters.take_counters(gpu, 40).data_ptr() == first.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitize
+def test_a_stream_outgrows_its_counters(monkeypatch):
+    monkeypatch.setattr(counters, "_EAGER", 1)
+    for name in ("_blocks", "_of_stream", "_for_captures"):
+        monkeypatch.setattr(counters, name, {})
+    generator, sizes = torch.Generator("cuda").manual_seed(5), []
+    for n in (33, 200, 33):
+        x, weight = (torch.randint(-2, 3, (rows, 264), generator=generator, device="cuda") for rows in (3, n))
+        out = torch.empty(3, n, device="cuda", dtype=torch.bfloat16)
+        skinny_matmul(out, x.bfloat16(), weight.bfloat16(), config=Config(16, 64, split_k=2))
+        assert torch.equal(out, (x.double() @ weight.double().t()).bfloat16())
+        (held,) = counters._of_stream.values()
+        assert not held.any()
+        sizes.append(held.numel())
+    assert sizes[0] < sizes[1] == sizes[2]
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """The Triton twin of the doctor's check of peer memory. Tier: no device (interpreter, compilation), GPU.
 
-One process has the memory of all ranks. In the interpreter nothing waits, so the ranks' kernels are played step by
-step; compiled, the steps are one kernel, whose waits test_peer_exchange.py explores.
+One process has the memory of all ranks, whose kernels are played step by step: in the interpreter nothing waits, and on
+a GPU the others have come before. Compiled, the steps are one kernel, whose waits test_peer_exchange.py explores.
 """
 
 import os
@@ -70,6 +70,8 @@ class Ranks:
         for rank in range(self.world) if ranks is None else ranks:
             group = {"rank": rank, "world_size": self.world, "half_bytes": self.layout.half_bytes}
             group |= {"max_blocks": self.max_blocks, "timeout_ns": 10**10, "steps": steps}
+            if steps != EVERYTHING and self.memory[rank].is_cuda:
+                self.flag_view(rank, 0, STATE_OFFSET, torch.int64).fill_(1 << 40)
             peer_check.check(self.reports[rank], self.tables[rank], self.nbytes, seed, **group)
 
     def calls(self, rank):
@@ -80,11 +82,10 @@ class Ranks:
 
 @pytest.fixture
 def ranks(device):
-    if device == "cuda":
-        pytest.skip("played in the interpreter")
     return lambda nbytes=16 * 300 + 4: Ranks(device, nbytes)
 
 
+@pytest.mark.sanitize
 def test_good_memory_passes_again_and_again(ranks):
     played = ranks()
     for call, seed in enumerate((1, 1, 7)):  # the halves take turns, and the third finds what the first has left

@@ -1,8 +1,9 @@
 """The PTX by which Triton's peer-memory kernels wait for each other, run by a small interpreter. Tier: no device.
 
-The interpreter knows the instructions that ``_EXCHANGE`` uses. Threads of all blocks of all ranks take steps in random
-order over one memory and one clock; barriers join the threads of a block. Memory order is not modelled: that the flag
-is released and acquired is asserted of the compiled code in test_peer_triton.py.
+The interpreter knows the instructions that ``_EXCHANGE``, ``_AWAIT`` and ``_RAISE`` use. Threads of all blocks of all
+ranks take steps in random order over one memory and one clock; barriers join the threads of a block. Memory order is
+not modelled: that flags are released and acquired is asserted of the compiled code in test_peer_triton.py and
+test_peer_linear.py.
 """
 
 import operator
@@ -11,8 +12,9 @@ import re
 
 import pytest
 
-from tp_kernels.comm.symmetric_sizes import ERROR_MAGIC, FAILED_OFFSET, MAX_WORLD
+from tp_kernels.comm.symmetric_sizes import ARRIVED_OFFSET, ERROR_MAGIC, FAILED_OFFSET, MAX_WORLD
 from tp_kernels.comm.symmetric_workspace import ErrorRecord
+from tp_kernels.ops.kernels.peer_flags import _AWAIT, _RAISE
 from tp_kernels.ops.kernels.peer_norm import _EXCHANGE
 
 # Where those of rank 0 are, beyond 32 bits; those of the others follow.
@@ -35,11 +37,11 @@ def parse(text):
     return program, labels
 
 
-PROGRAM, LABELS = parse(_EXCHANGE.value)
+EXCHANGE, AWAIT, RAISE = (parse(text.value) for text in (_EXCHANGE, _AWAIT, _RAISE))
 
 
 class Machine:
-    """Ranks that run one exchange each."""
+    """Ranks that run one exchange, or another program, each."""
 
     def __init__(self, world, blocks, seed, timeout=10**12):
         self.world, self.blocks, self.timeout = world, blocks, timeout
@@ -60,11 +62,10 @@ class Machine:
         names = {name: getattr(ErrorRecord, name).offset for name, _ in ErrorRecord._fields_}
         return {name: self.words.get(RECORD + 64 * rank + offset, 0) for name, offset in names.items()}
 
-    def thread(self, rank, block, number, value, skip):
+    def thread(self, rank, block, number, program, operands):
         """A generator of one thread: yields None between steps and ("barrier", p) at barriers; returns "lost"."""
         special = {"%tid.x": number, "%ctaid.x": block}
-        registers = {"$1": TABLE + 4096 * rank, "$2": rank, "$3": self.world, "$4": value}
-        registers |= {"$5": self.timeout, "$6": skip}
+        registers, (program, labels) = {"$1": TABLE + 4096 * rank, **operands}, program
 
         def get(word):
             if word == "%globaltimer":
@@ -76,15 +77,15 @@ class Machine:
             return get(base) + int(offset or 0)
 
         at = 0
-        while at < len(PROGRAM):
-            guard, operation, words = PROGRAM[at]
+        while at < len(program):
+            guard, operation, words = program[at]
             at += 1
             if guard is not None and not registers[guard]:
                 continue
             kind, *modifiers = operation.split(".")
             bits = 64 if "wide" in modifiers else BITS.get(modifiers[0 if kind == "cvt" else -1] if modifiers else "")
             if kind == "bra":
-                at = LABELS[words[0]]
+                at = labels[words[0]]
                 continue
             if kind == "barrier":
                 registers[words[0]] = yield ("barrier", bool(get(words[2])))
@@ -118,14 +119,22 @@ class Machine:
         a, b = get(words[1]), get(words[2]) if len(words) > 2 else 0
         return {"mov": a, "cvt": a, "add": a + b, "sub": a - b, "and": a & b, "shr": a >> b}[kind]
 
-    def run(self, value, ranks=None, skips=()):
-        """{(rank, block): what its threads return}; ``skips``: (rank, block, thread) whose skip is set."""
+    def run(self, value, ranks=None, skips=(), program=EXCHANGE, **more):
+        """{(rank, block): what its threads return}; ``skips``: (rank, block, thread) whose skip is set.
+
+        ``more``: ``bits`` and ``offset`` of ``_AWAIT``; ``raising``: rank -> those of ``_RAISE``, which it then runs.
+        """
         running, waiting, results = {}, {}, {}
         for rank in range(self.world) if ranks is None else ranks:
             for block in range(self.blocks):
                 for number in range(THREADS):
                     key = rank, block, number
-                    running[key] = self.thread(*key, value, int(key in skips))
+                    operands = {"$2": rank, "$3": self.world, "$4": value, "$5": self.timeout, "$6": int(key in skips)}
+                    operands |= {"$7": more.get("bits"), "$8": more.get("offset")}
+                    raised = more.get("raising", {}).get(rank)
+                    if raised is not None:
+                        operands = {"$2": self.world, "$3": raised[0], "$4": raised[1], "$5": value}
+                    running[key] = self.thread(*key, program if raised is None else RAISE, operands)
         answers = dict.fromkeys(running)
         steps = 0
         while running:
@@ -215,3 +224,52 @@ def test_a_wait_can_be_ended_from_elsewhere(by):
     record = machine.record(0)
     # The first failure of a rank writes the record, later ones leave it alone.
     assert record["magic"] == (ERROR_MAGIC if by == "host" else 0) and record["rank"] == (1 if by == "host" else 0)
+
+
+# Flags of their own --------------------------------------------------------------------------------------------------
+
+
+def flag(owner, offset):
+    return FLAGS + (owner << 16) + offset
+
+
+def test_flags_are_raised_on_the_ranks_whose_bits_are_set():
+    machine, offset, value = Machine(5, 1, 0), ARRIVED_OFFSET + 8 * 7, value_of(1 << 40, 1)
+    found = machine.run(value, ranks=(2,), raising={2: (0b10110, offset)})
+    assert found == {(2, 0): [0] * THREADS}
+    assert sorted(machine.stores) == [(2, 0, flag(owner, offset)) for owner in (1, 2, 4)]
+    assert all(machine.words[flag(owner, offset)] == value for owner in (1, 2, 4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wait_ends_when_all_ranks_that_count_have_raised_their_flags(seed):
+    """Rank 1 waits for itself and rank 3; rank 0 is not waited for, and rank 2 raises a flag of others."""
+    machine, offset, value = Machine(4, 1, seed, timeout=40_000), ARRIVED_OFFSET + 8 * 12, value_of(6, 0)
+    machine.words[flag(1, offset + 8)] = value + 9  # a later one counts
+    machine.words[flag(1, offset)] = machine.words[flag(1, offset + 16)] = value - 1
+    raising = {2: (0b1101, offset + 16), 3: (0b0010, offset + 24)}
+    found = machine.run(value, (1, 2, 3), program=AWAIT, bits=0b1010, offset=offset, raising=raising)
+    assert found == {(rank, 0): [0] * THREADS for rank in (1, 2, 3)}
+    assert machine.words[flag(1, offset + 24)] == value and machine.record(1)["magic"] == 0
+    assert all(at != flag(1, offset + 16) for _, _, at in machine.stores)
+
+
+def test_who_is_waited_for_in_vain_is_named():
+    machine, offset, value = Machine(4, 2, 1, timeout=20_000), ARRIVED_OFFSET, value_of(9, 1)
+    for peer in (1, 3):
+        machine.words[flag(0, offset + 8 * peer)] = value
+    machine.words[flag(0, offset)] = machine.words[flag(0, offset + 16)] = value - 1
+    found = machine.run(value, (0,), program=AWAIT, bits=0b1110, offset=offset)
+    assert found == {(0, block): [1] * THREADS for block in range(2)}
+    record = machine.record(0)
+    assert record.pop("block") in (0, 1)
+    kind = {"magic": ERROR_MAGIC, "kind": ErrorRecord.SIGNAL, "rank": 2, "waiter": 0}
+    assert record == {**kind, "call": 9, "phase": 1} and machine.words[machine.failed(0)] == 1
+
+
+def test_a_wait_for_nobody_joins_what_the_threads_have_seen():
+    machine = Machine(3, 2, 4)
+    found = machine.run(5, (1,), skips={(1, 1, 4)}, program=AWAIT, bits=0, offset=0)
+    assert found == {(1, 0): [0] * THREADS, (1, 1): [1] * THREADS} and not machine.stores
+    found = machine.run(5, (1,), skips={(1, 0, 0), (1, 1, 5)}, program=AWAIT, bits=0b111, offset=ARRIVED_OFFSET)
+    assert found == {(1, 0): [1] * THREADS, (1, 1): [1] * THREADS} and not machine.stores, "nor is there a failure"

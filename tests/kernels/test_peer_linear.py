@@ -1,8 +1,8 @@
 """Matmul + all-reduce + norm in one kernel over peer memory. Tier: no device (interpreter, compilation), GPU.
 
 One process has the memory of all ranks. In the interpreter, where nothing waits, all ranks multiply, then all reduce,
-then all pull; on a GPU two ranks run at once on two streams. The steps of the protocol are those that
-test_peer_protocol.py explores.
+then all pull, and under the sanitizer as well; on a GPU two ranks run at once on two streams. The steps of the protocol
+are those that test_peer_protocol.py explores, the waits' instructions those that test_peer_exchange.py does.
 """
 
 import os
@@ -192,6 +192,19 @@ def test_values_are_right_and_have_the_bits_of_the_twins(device, kind, ks, m, n,
 
 
 @interpreted
+def test_tiles_columns_and_grids_are_a_ranks_own_business(device):
+    ranks, call = Ranks(device, 3, max_blocks=5), Call(device, 52, 70, (16, 8, 40), torch.float16, "brn", SMALL)
+    for work in STAGES:
+        for rank, (columns, blocks) in enumerate(((32, 1), (16, 5), (128, 2))):
+            ranks.max_blocks, call.config = blocks, SMALL._replace(block_n=columns)
+            ranks.linear(rank, call, work=work)
+    call.check()
+    for rank in range(3):
+        counters = ranks.part(rank, sizes.MULTIPLIED_OFFSET, 2 * sizes.MAX_ROW_BLOCKS + 1, torch.int32)
+        assert not counters.any() and ranks.calls(rank) == [1]
+
+
+@interpreted
 def test_gpus_without_tma_and_operands_off_16_bytes(device):
     with pretend(A100):
         ranks, call = Ranks(device, 2), Call(device, 20, 48, (64, 32), torch.float16, "brn")
@@ -364,6 +377,24 @@ def warm(call):
         alone.part(0, begin, sizes.MAX_ROW_BLOCKS).fill_(1 << 40)
     alone.linear(0, call)
     torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitize
+@pytest.mark.parametrize(("kind", "ks", "m", "n", "follows", "config"), CASES[:2])
+def test_small_for_the_sanitizer(kind, ks, m, n, follows, config):
+    """One kind of work after the other finds what it waits for; then a rank does all, with the other's flags raised."""
+    ranks = Ranks("cuda", 2)
+    for number in (1, 2):
+        call = Call("cuda", m, n, ks, kind, follows, config, seed=number)
+        ranks.stages(call)
+        torch.cuda.synchronize()
+        call.check()
+        assert ranks.calls(0) == ranks.calls(1) == [number]
+        for rank in range(2):
+            counters = ranks.part(rank, sizes.MULTIPLIED_OFFSET, 2 * sizes.MAX_ROW_BLOCKS + 1, torch.int32)
+            assert not counters.any() and not ranks.errors[rank].any()
+    warm(call)
 
 
 @pytest.mark.gpu

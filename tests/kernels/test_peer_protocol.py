@@ -22,11 +22,15 @@ EMPTY = 0
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel on every rank: ``kind``, its grid (or each rank's) and how many packs, or row blocks, it moves."""
+    """One kernel on every rank: ``kind``, its grid (or each rank's) and how many packs, or row blocks, it moves.
+
+    ``columns``: tiles of a row block, of each rank.
+    """
 
     kind: str
     blocks: int | tuple[int, ...]
     units: int
+    columns: tuple[int, ...] = (2, 2, 2)
 
     def grid(self, rank: int) -> int:
         return self.blocks if isinstance(self.blocks, int) else self.blocks[rank]
@@ -129,7 +133,7 @@ class Model:
         return [step for step in steps if step[1] or step[0] == "recall"]
 
     def linear_program(self, rank: int, number: int, block: int) -> list[tuple]:
-        """Of a block of the kernel that multiplies: two tiles make a row block, and a step of all owners is a band."""
+        """Of a block of the kernel that multiplies: tiles make a row block, and a step of all owners is a band."""
         call, rules, world = self.calls[number], self.rules, self.world
         flagged = sum(c.kind not in ("lamport", "local") for c in self.calls[:number])
         lamports = [c for c in self.calls[:number] if c.kind == "lamport"]
@@ -139,19 +143,19 @@ class Model:
         tag, result = self.tag(number), self.tag(number, True)
 
         def place(step: int, owner: int, slot: int, column: int) -> tuple:
-            return ("half", owner, half, (slot * steps + step) * 2 + column)
+            return ("half", owner, half, (slot * steps + step) * max(call.columns) + column)
 
         def owners(step: int) -> int:
             return min(world, call.units - step * world)
 
         def multiply(step: int) -> list[list[tuple]]:
             found = []
-            for column in range(2):
+            for column in range(call.columns[rank]):
                 for turn in range(owners(step)):
                     owner = (rank + 1 + turn) % owners(step)
                     tile = [("put", [(place(step, owner, rank, column), tag)])]
                     if rules.tiles_are_counted:
-                        tile.append(("count", ("multiplied", rank, step * world + owner), 2, 1))
+                        tile.append(("count", ("multiplied", rank, step * world + owner), call.columns[rank], 1))
                     found.append([*tile, ("put", [(("arrived", owner, step, rank), arrival)])])
             return found
 
@@ -159,12 +163,12 @@ class Model:
             if rank >= owners(step):
                 return []
             arrived = [("wait", [(("arrived", rank, step, p), arrival) for p in everyone])]
-            parts = [(place(step, rank, slot, column), tag) for slot in everyone for column in range(2)]
+            parts = [(place(step, rank, slot, at), tag) for slot in everyone for at in range(call.columns[slot])]
             return [
                 [
                     *(arrived if rules.waits_for_arrival else ()),
                     ("see", parts),
-                    ("put", [(place(step, rank, 0, column), result) for column in range(2)]),
+                    ("put", [(place(step, rank, 0, column), result) for column in range(call.columns[0])]),
                     ("put", [(("finished", p, step * world + rank), reduction) for p in everyone]),
                 ]
             ]
@@ -175,7 +179,7 @@ class Model:
                 owner = (rank + turn) % world
                 if owner < owners(step):
                     finished = [("wait", [(("finished", rank, step * world + owner), reduction)])]
-                    rows = ("see", [(place(step, owner, 0, column), result) for column in range(2)])
+                    rows = ("see", [(place(step, owner, 0, column), result) for column in range(call.columns[0])])
                     found.append([*(finished if rules.waits_for_reduction else ()), rows])
             return found
 
@@ -311,6 +315,7 @@ SEQUENCES = {
     "registered two-shot": [GEMM, Call("registered_two_shot", 2, 4), GEMM, Call("registered_two_shot", 1, 4), GEMM],
     "matmuls that all-reduce": [LINEAR, LINEAR, LINEAR],
     "the same with more blocks": [LINEAR_WIDE, Call("linear", (1, 2), 1)],
+    "the same with other tiles on each rank": [Call("linear", (1, 2), 3, (3, 1)), Call("linear", 1, 2, (1, 2))],
     "among others": [ONE, LINEAR, SMALL, TWO, LINEAR, ONE],
     "registered and staged": [GEMM, Call("registered_one_shot", 1, 4), TWO_WIDE, ONE, GEMM, TWO],
 }

@@ -9,6 +9,7 @@ import torch
 
 from tp_kernels import ops
 from tp_kernels.comm.tp_group import TPGroup
+from tp_kernels.commands import bench_layer
 from tp_kernels.inference.kv_cache import KVCache
 from tp_kernels.layers import ParallelDecoderLayer
 from tp_kernels.layers.decoder import PartialSum
@@ -191,6 +192,10 @@ def model_passes(group, name, dtype):
             for cache in caches:
                 cache.advance(piece.shape[1])
         assert torch.equal(fused(ids), plain(ids))
+        calls.clear()
+        decoders = [model.model for model in (plain, fused)]
+        benched = [bench_layer.forward(d.layers, d.norm, d.embed_tokens(ids), [None] * 3) for d in decoders]
+        assert torch.equal(*benched) and calls == [(False, True)] * 5 + [(False, False)]
     calls.clear()
     assert torch.equal(fused(ids), plain(ids)) and not calls  # gradients are recorded
     with torch.no_grad():
@@ -226,7 +231,7 @@ def single_layer(group):
             assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
         assert torch.equal(residual, before) and offered.communicator.calls == [(True, True)] * 2
         out, carried = layers[1](x, keep_partial=True)
-        assert isinstance(out, PartialSum) and out.bias is layers[1].mlp.down_proj.bias
+        assert isinstance(out, PartialSum) and out.projection is layers[1].mlp.down_proj and out.path == "kernel"
         # The last of a chain may return whole sums.
         expected, actual = layers[0](*layers[0](x)), layers[1](out, carried)
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])

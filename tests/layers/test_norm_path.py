@@ -11,7 +11,8 @@ import torch
 from tp_kernels.comm import TPGroup
 from tp_kernels.comm.communicator import LocalCommunicator
 from tp_kernels.comm.overlap import agree
-from tp_kernels.layers import ParallelDecoderLayer, RowParallelLinear
+from tp_kernels.commands.bench_layer import sums_of
+from tp_kernels.layers import ParallelDecoderLayer, ParallelMLP, RowParallelLinear
 from tp_kernels.ops import tuning
 from tp_kernels.ops._gpu import H100, pretend
 from tp_kernels.ops._overlap_choice import overlap_sizes, overlap_table, tables_fingerprint
@@ -105,6 +106,61 @@ def test_quantised_weights_are_not_overlapped(measured):
     assert layer.norm_path(x) == "kernel"
     pair.fused_norm = False
     assert layer.norm_path(x) == "apart"
+
+
+def test_training_takes_the_mlp_in_one_op_where_its_sum_is_not_overlapped(measured):
+    def takes(communicator, overlap="auto", rows=ROWS):
+        mlp = ParallelMLP(OUT, IN, group=TPGroup(communicator), overlap=overlap, device="meta", dtype=torch.bfloat16)
+        x = torch.empty(2, rows // 2, OUT, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        with pretend(H100):
+            agree(communicator, H100.num_sms, tables_fingerprint("local", H100), torch.device("cpu"))
+            return mlp._trains_fused(x)
+
+    pair = Pair()
+    assert takes(pair) and takes(pair, "none") and not takes(pair, "chunked")
+    measured(pair, "chunked")
+    assert not takes(pair) and takes(pair, "none") and takes(pair, rows=128)
+    assert takes(Pair(())) and takes(LocalCommunicator())
+
+
+def test_traced_code_takes_the_separate_calls():
+    layers = []
+    for communicator in (Pair(kernel=True), Pair(())):
+        torch.manual_seed(0)
+        layers.append(ParallelDecoderLayer(16, 16, 4, 2, group=TPGroup(communicator), dtype=torch.bfloat16))
+    x = torch.randn(1, 3, 16).bfloat16()
+    compiled = torch.compile(layers[0], backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert layers[0].fuses_norms(x)
+        torch.testing.assert_close(compiled(x), layers[1](x))
+    torch.testing.assert_close(compiled(x), layers[1](x))
+
+
+def test_what_a_benchmark_of_the_layer_says():
+    x = torch.empty(1, 200, 16)
+
+    def said(communicator, **overlaps):
+        layer = ParallelDecoderLayer(16, 16, 4, group=TPGroup(communicator))
+        for name, projection in (("o_proj", layer.self_attn.o_proj), ("down_proj", layer.mlp.down_proj)):
+            projection.overlap = overlaps.get(name, "auto")
+        with torch.no_grad():
+            return sums_of(layer, x)
+
+    kernel = Pair(kernel=True)
+    kernel.fuses_norm = lambda width, dtype: True
+    assert said(kernel) == "kernel" and said(Pair(())) == said(Pair()) == "apart"
+    assert said(kernel, o_proj="chunked") == "o_proj chunked, down_proj kernel"
+    assert said(Pair(), o_proj="chunked", down_proj="chunked") == "chunked"
+
+
+def test_only_whole_sums_are_said_to_overlap(measured):
+    pair = Pair()
+    measured(pair, "chunked")
+    agree(pair, H100.num_sms, tables_fingerprint("local", H100), torch.device("cpu"))
+    for options, expected in (({}, "chunked"), ({"sequence_parallel": True}, "none"), ({"overlap": "none"}, "none")):
+        layer = RowParallelLinear(IN, OUT, group=TPGroup(pair), device="meta", dtype=torch.bfloat16, **options)
+        with pretend(H100):
+            assert layer.sum_path(torch.empty(ROWS, OUT, dtype=torch.bfloat16, device="meta")) == expected
 
 
 def test_a_block_hands_on_where_either_of_its_sums_can_go_with_a_norm():

@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from tp_kernels import ops
 from tp_kernels.checkpoint.sharding import shard_range_sizes
 from tp_kernels.comm import TPGroup
+from tp_kernels.inference import DecodeEngine
 from tp_kernels.inference.kv_cache import KVCache
 from tp_kernels.layers import (
     ColumnParallelLinear,
     ParallelDecoderLayer,
+    ParallelLMHead,
     ParallelMLP,
     RMSNorm,
     RotaryEmbedding,
     RowParallelLinear,
+    VocabParallelEmbedding,
     full_gradients,
     load_full_state_dict,
 )
@@ -274,7 +277,8 @@ class Both(DelayedCommunicator):
             return None
         if self.lent is not None:
             self.lent.fill_(torch.nan)
-        self.lent = torch.full(shape, torch.nan, dtype=dtype)
+        with torch.inference_mode(False):
+            self.lent = torch.full(shape, torch.nan, dtype=dtype)
         return self.lent
 
     def all_reduce_add_rms_norm(
@@ -296,15 +300,26 @@ class Both(DelayedCommunicator):
         return (normed if out is None else out.copy_(normed)), summed
 
 
+PROMPTS = torch.randint(1, 97, (5, 27), generator=torch.Generator().manual_seed(2)).tolist()
+NEW_TOKENS = 3
+
+
+def engine_tokens(model):
+    with DecodeEngine(model, max_batch=5, max_len=32, page_size=8, capture=False) as engine:
+        tokens = engine.generate(PROMPTS, [NEW_TOKENS] * 5).output_ids
+        assert engine.path == "eager: capture=False", "nothing keeps the engine from going past the modules"
+    return tokens
+
+
 def two_ways(group, config, state):
-    """Some sums overlapped, some left to the kernel, in one pass."""
+    """Some sums overlapped, some left to the kernel, in one pass: of modules, and of an engine past them."""
     late = TPGroup(Both(group.communicator), ranks=group.ranks)
     asked, plain = (ParallelCausalLM(ModelConfig.from_hf(config), group=where) for where in (late, group))
     for model in (asked, plain):
         load_full_state_dict(model, state)
     layers = asked.model.layers
     with torch.no_grad():
-        expected = passes(plain)
+        expected, tokens = passes(plain), engine_tokens(plain)
         for chosen in ("o_proj", "down_proj", "neither", "first layer", "both"):
             for index, layer in enumerate(layers):
                 for name, projection in (("o_proj", layer.self_attn.o_proj), ("down_proj", layer.mlp.down_proj)):
@@ -317,6 +332,18 @@ def two_ways(group, config, state):
             assert kernels == {"neither": 2 * calls, "both": 0}.get(chosen, calls)
             assert sums_with_norms(log) == (2 * calls - kernels, 0)
             torch.testing.assert_close(found, expected)
+            with norms_logged(late) as log:
+                assert engine_tokens(asked) == tokens
+            kernels, calls = log.count("kernel"), NEW_TOKENS * len(layers)
+            assert kernels == {"neither": 2 * calls, "both": 0}.get(chosen, calls)
+        # Prompts ask the table, which knows enough rows; decode steps are too small for it.
+        for layer in layers:
+            layer.self_attn.o_proj.overlap = layer.mlp.down_proj.overlap = "auto"
+        module = importlib.import_module("tp_kernels.layers.row_parallel")
+        with norms_logged(late) as log, mock.patch.object(module, "choose_linear_all_reduce") as choose:
+            choose.return_value.path = "chunked"
+            assert engine_tokens(asked) == tokens
+        assert log.count("kernel") == 2 * (NEW_TOKENS - 1) * len(layers) and choose.call_count == 2 * len(layers)
     assert late.communicator.in_flight == 0
 
 
@@ -415,3 +442,23 @@ def fused_gate(group):
 
 def test_the_fused_gate_is_given_up_on_request(rank_pool):
     rank_pool(2).run(fused_gate)
+
+
+def head(group):
+    late, sizes = delayed(group), shard_range_sizes(TOKENS, group.world_size)
+    x = integers(BATCH, TOKENS, HIDDEN, seed=1)
+    expected = fill(ParallelLMHead(WIDTH, HIDDEN, group=group), seed=group.rank)(x)
+    for overlap in ("chunked", "none"):
+        asked = ParallelLMHead(WIDTH, HIDDEN, group=late, sequence_parallel=True, overlap=overlap)
+        late.communicator.log.clear()
+        found = fill(asked, seed=group.rank)(x.split(sizes, 1)[group.rank], sizes)
+        assert torch.equal(found, expected)
+        assert ("all_gather_async" in late.communicator.log) is (overlap == "chunked")
+    table = fill(VocabParallelEmbedding(WIDTH, HIDDEN, group=late), seed=group.rank)
+    tied = ParallelLMHead.from_embedding(table, sequence_parallel=True, overlap="chunked")
+    whole = ParallelLMHead.from_embedding(table)(x)
+    assert torch.equal(tied(x.split(sizes, 1)[group.rank], sizes), whole) and tied.weight is table.weight
+
+
+def test_the_output_head_gathers_tokens_beside_its_matmul(rank_pool):
+    rank_pool(2).run(head)

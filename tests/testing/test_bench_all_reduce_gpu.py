@@ -1,7 +1,6 @@
 """The GPU all-reduce benchmark without a GPU: arguments, ratios, rows of one shape. Tier: no device."""
 
-import pytest
-import torch
+from dataclasses import replace
 
 from tp_kernels.testing import bench_all_reduce_gpu as bench
 from tp_kernels.testing.bench import Timing, write_csv
@@ -23,6 +22,9 @@ def test_rows_compare_with_the_peer_and_go_into_one_file(tmp_path):
     sums = bench.sum_rows(common, timed, dict.fromkeys(timed, 0))
     by_path = {row["path"]: row for row in sums}
     assert by_path["one_shot"]["over_peer"] == 0.8 and by_path["two_shot"]["over_peer"] == ""
+    for wrong in ("one_shot", "torch_one_shot"):
+        spoiled = bench.sum_rows(common, timed, dict.fromkeys(timed, 0) | {wrong: 1})
+        assert {row["over_peer"] for row in spoiled} == {""}, "nothing to compare where one is wrong"
     assert by_path["nccl"]["busbw"] == round((1 << 20) / 100e-6 / 1e9 * 1.5, 3)
     timed = {"all_reduce": timing(10), "fused": timing(11), "torch_two_shot+add_rms_norm": timing(22)}
     norms = norm_rows(common | {"kind": "norm"}, timed, dict.fromkeys(timed, 0))
@@ -30,24 +32,8 @@ def test_rows_compare_with_the_peer_and_go_into_one_file(tmp_path):
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 8
 
 
-@pytest.mark.parametrize(
-    "words, match",
-    [
-        (["--ranks", "1"], "--ranks"),
-        (["--tokens", "0"], "--tokens"),
-        (["--min-bytes", "4K", "--max-bytes", "2K"], "min"),
-        (["--min-bytes", "8"], "at least 16"),
-        (["--max-bytes", "many"], "expected a size"),
-    ],
-)
-def test_options_that_do_not_fit_are_named(words, match, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(words)
-    assert match in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so(capsys):
-    with pytest.raises(SystemExit):
-        bench.main([])
-    assert "there is no GPU here" in capsys.readouterr().err
+def test_cases_come_in_order_and_say_what_they_are():
+    options = bench.Options(sizes=(2048, 1 << 20), hidden=(64, 128), tokens=(1, 4))
+    names = ["2K", "1M", "1 x 64", "4 x 64", "1 x 128", "4 x 128"]
+    assert [str(case) for case in options.cases()] == names
+    assert [str(case) for case in replace(options, what=("norms",)).cases()] == names[2:]

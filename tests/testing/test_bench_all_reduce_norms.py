@@ -31,6 +31,8 @@ def test_rows_compare_with_the_fastest_peer_and_the_same_all_reduce():
     rows = {row["path"]: row for row in norms.norm_rows({"kind": "norm"}, timed, {"fused": 3})}
     assert rows["fused"]["over_all_reduce"] == 1.1 and rows["fused"]["speedup"] == 2.0 and rows["fused"]["wrong"] == 3
     assert {row["best_peer"] for row in rows.values()} == {"nccl+add_rms_norm"}
+    wrong = norms.norm_rows({}, timed, {"nccl+add_rms_norm": 1})
+    assert {row["best_peer"] for row in wrong} == {"torch_two_shot+add_rms_norm"}, "a peer that is wrong is none"
     alone = norms.norm_rows({}, {"all_reduce": timing(10), "fused": timing(12)}, {})
     assert alone[1]["over_all_reduce"] == 1.2 and alone[1]["speedup"] == alone[1]["best_peer"] == ""
 

@@ -3,12 +3,12 @@
 import contextlib
 import csv
 import io
+import time
 
-import pytest
-import torch
-
+from tp_kernels.comm import LocalCommunicator, TPGroup
 from tp_kernels.commands import bench_layer as bench
 from tp_kernels.testing.bench import Timing
+from tp_kernels.testing.rank_bench import cases_in_time
 
 TINY = bench.Options(model="tiny", tokens=6, context=(5, 300), layers=2, rounds=2, device="cpu")
 
@@ -27,6 +27,17 @@ def test_cases():
     ]
     (only,) = bench.cases(bench.Options(what=("decode",)))
     assert only[:3] == ("decode", 1, 1024)
+
+
+def test_what_the_minutes_leave_out_is_named(capsys):
+    group = TPGroup(LocalCommunicator())
+    found = bench.cases(TINY)
+    assert list(cases_in_time(group, found, 1.0, time.monotonic())) == found
+    assert capsys.readouterr().out == ""
+    late = cases_in_time(group, found, 1.0, time.monotonic() - 50, share=0.8, what="passes")
+    assert list(late) == []
+    names = "prefill of 6, prefill_cache of 6, decode of 1 after 5, decode of 1 after 300"
+    assert capsys.readouterr().out == f"# left out: passes because --minutes 1 were over: {names}\n"
 
 
 def test_rows_compare_with_communication_switched_off():
@@ -69,17 +80,3 @@ def test_command_starts_ranks_and_writes_the_file(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == ["off", "shm"] and rows[0]["over_off"] == "1.0"
     assert rows[0]["timed"] == "host" and rows[0]["context"] == "" and rows[0]["dtype"] == "float16"
-
-
-@pytest.mark.parametrize("words", [["--ranks", "1"], ["--tokens", "0"], ["--context", "0"], ["--layers", "0"]])
-def test_options_that_do_not_fit_are_named(words, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(words)
-    assert words[0] in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so(capsys):
-    with pytest.raises(SystemExit):
-        bench.main([])
-    assert "there is no GPU here" in capsys.readouterr().err

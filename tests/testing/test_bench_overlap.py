@@ -328,27 +328,3 @@ def test_what_the_minutes_leave_out_is_named(rank_pool, capsys):
     with pytest.raises(SystemExit):
         bench.main([*SMALL, "--op", "column_parallel_linear"])
     assert "nothing was measured" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "words, match",
-    [
-        (["--ranks", "1"], "--ranks"),
-        (["--growth", "0"], "--growth"),
-        (["--max-ctas", "65"], "--max-ctas"),
-        (["--minutes", "0"], "--minutes"),
-        (["--device", "cpu", "--tune"], "FILE"),
-        (["--op", "linear"], "--op"),
-    ],
-)
-def test_options_that_do_not_fit_are_named(words, match, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(words)
-    assert match in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so(capsys):
-    with pytest.raises(SystemExit):
-        bench.main([])
-    assert "there is no GPU here" in capsys.readouterr().err

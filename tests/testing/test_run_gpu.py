@@ -68,6 +68,10 @@ def test_minutes(run_gpu, parts):
             for command in part.commands.values():
                 if name.startswith(kind) and command[1:3] == ["-m", "tp_kernels"]:
                     assert parsed(command).minutes == pytest.approx(part.minutes - run_gpu.MARGIN_MINUTES)
+    for name in (name for name in parts if name.startswith("comm-")):
+        (command,) = parts[name].commands.values()
+        if name != "comm-tune":  # which begins with launching ranks
+            assert 0.5 < parsed(command).minutes <= parts[name].minutes - run_gpu.RANKS_MARGIN_MINUTES
     names = list(parts)
     # Limits; a build takes a third of its own, and what is measured fills its own.
     assert sum(parts[name].minutes for name in names[: names.index("bench-model-tp4") + 1]) <= 29
@@ -174,7 +178,7 @@ def test_every_file_of_tests_is_run_once_and_whole(parts):
 def test_every_kernel_has_a_case_for_the_sanitizer():
     # Dispatch, protocols, arguments, code: their kernels are in other files.
     without = {"aot", "foreign_tables", "gpu_linear", "launch"}
-    without |= {"counters", "peer_check", "peer_exchange", "peer_kernels", "peer_linear", "peer_protocol"}
+    without |= {"peer_exchange", "peer_kernels", "peer_protocol"}
     marked = {path.stem: "mark.sanitize" in path.read_text() for path in (ROOT / "tests/kernels").glob("test_*.py")}
     assert {name.removeprefix("test_") for name, has in marked.items() if not has} == without
 

@@ -12,6 +12,7 @@ from tp_kernels.checkpoint.agreement import agree
 from tp_kernels.checkpoint.errors import CheckpointError
 from tp_kernels.checkpoint.loader import DistributedCheckpointLoader
 from tp_kernels.ops import advise_huge
+from tp_kernels.ops.linear_all_reduce import OVERLAPS
 
 __all__ = ["load_model"]
 
@@ -30,6 +31,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     quantize: str | None = None,
+    overlap: str = "auto",
     progress: bool | Callable[[int, int], None] = True,
 ):
     """Build the model that a checkpoint describes, sharded over the group, and load this rank's slices. Collective.
@@ -42,21 +44,27 @@ def load_model(
         quantize: "int8" or "fp8" quantises the weights of the linear layers as they are loaded, one layer after the
             other: the memory needed is that of the quantised model and one layer in ``dtype``. See
             ``layers.quantize_model`` for what is quantised and how.
+        overlap: how sums over the ranks overlap the matmuls before them, see ``RowParallelLinear``.
         progress: see ``DistributedCheckpointLoader``.
     Returns:
         A ``ParallelCausalLM`` in eval mode.
     Raises:
         CheckpointError: on every rank; there is no partial model.
         ValueError: another ``dtype`` than float32, bfloat16, float16 or float64; another ``quantize`` than "int8" or
-            "fp8"; the model's family or a feature of it is not supported; there are more ranks than query heads.
+            "fp8"; an unknown ``overlap``, or an explicit one beside ``quantize``; the model's family or a feature of it
+            is not supported; there are more ranks than query heads.
     """
     from tp_kernels.layers.quantized import check_kind, quantizable_linears
     from tp_kernels.models import ModelConfig, ParallelCausalLM
 
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"dtype must be None or one of {', '.join(map(str, _DTYPES.values()))}, got {dtype!r}")
+    if overlap not in OVERLAPS:
+        raise ValueError(f"overlap must be one of {', '.join(OVERLAPS)}, got {overlap!r}")
     if quantize is not None:
         check_kind(quantize)
+        if overlap not in ("auto", "none"):
+            raise ValueError(f"expected overlap 'auto' or 'none' for quantised weights, got {overlap!r}")
     with DistributedCheckpointLoader(path, group, progress=progress) as loader:
         # Functions of what the ranks were seen to share: a ValueError here is the same on all of them.
         described = loader.config()
@@ -72,7 +80,7 @@ def load_model(
             if name not in _DTYPES:
                 raise CheckpointError(f"its config names the dtype {name!r}; pass dtype=", file=loader.path)
             dtype = _DTYPES[name]
-        model = ParallelCausalLM(config, group=loader.group, device="meta", dtype=dtype)
+        model = ParallelCausalLM(config, overlap=overlap, group=loader.group, device="meta", dtype=dtype)
         loader.check(model)
         if quantize is None:
             _allocate(model, device, loader.group)

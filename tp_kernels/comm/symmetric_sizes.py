@@ -110,7 +110,7 @@ def linear_rows(rows: int, width: int, itemsize: int, world_size: int, half_byte
     A multiple of ``world_size`` row blocks: a rank keeps every rank's part of its own ones in a staging half.
     """
     once = row_block(rows, itemsize, world_size) * world_size
-    if width < 1 or world_size > MAX_ROW_BLOCKS:
+    if width < 1:
         return 0
     return min(half_bytes // (once * width * itemsize), MAX_ROW_BLOCKS // world_size) * once
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from tp_kernels.testing import bench_all_reduce, bench_all_reduce_gpu, bench_overlap
     from tp_kernels.testing.op_bench import commands
 
-    benchmarks = parser.add_subparsers(title="benchmarks", dest="benchmark", metavar="BENCHMARK", required=True)
+    benchmarks = parser.add_subparsers(title="benchmarks", required=True)
 
     def add(name: str, summary: str, description: str, examples: str, add_arguments: _Add, run: _Run) -> None:
         benchmark = benchmarks.add_parser(
@@ -91,6 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         commands.add_bench_arguments,
         commands.run_bench,
     )
+    # Who leaves the benchmark out is told which there are.
+    benchmarks.metavar = f"{{{','.join(benchmarks.choices)}}}"
 
 
 _ALL_REDUCE_EXAMPLES = """\

@@ -12,6 +12,8 @@ each a CUDA graph, times divided by the number of layers:
 - ``nccl``: as layers do by themselves over NCCL.
 - ``shm`` (or ``gloo``): in their place on CPU ranks (``--device cpu``), to try the benchmark out, uncaptured.
 
+``way`` says how each came to sum: "chunked" or "fused" beside the matmul, by "kernel" with the norm, or "apart".
+
 Before it is timed, each one's result is compared with that of the same layers on one rank in fp32: it may err at most
 twice as much as one rank does in ``--dtype`` (``wrong``: ranks on which it errs more). Passes of few tokens are
 compared several times, because the largest of few errors is a matter of luck. Times are medians over the rounds of the
@@ -28,6 +30,7 @@ import argparse
 import copy
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -35,7 +38,7 @@ from typing import Any, NamedTuple
 
 from tp_kernels import one_gpu
 from tp_kernels.testing.bench import Timing, interleaved, run_command_line
-from tp_kernels.testing.rank_bench import captured, keep_rows, measure_on_ranks, time_graphs
+from tp_kernels.testing.rank_bench import captured, cases_in_time, keep_rows, measure_on_ranks, time_graphs
 
 __all__ = ["Case", "Options", "add_arguments", "cases", "layer_rows", "main", "measure", "run"]
 
@@ -61,6 +64,7 @@ class Options:
     rounds: int = 10
     nccl: bool = True
     device: str = "cuda"
+    minutes: float = 30.0
     csv: str | None = None
 
 
@@ -71,6 +75,9 @@ class Case(NamedTuple):
     tokens: int
     context: int | None
     calls: int
+
+    def __str__(self) -> str:
+        return f"{self.what} of {self.tokens}" + (f" after {self.context}" if self.context else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,24 +99,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default=default.device, help="cpu tries the benchmark out without a GPU"
     )
+    parser.add_argument(
+        "--minutes", type=float, default=default.minutes, metavar="M", help="start no case after (default %(default)s)"
+    )
     parser.add_argument("--csv", metavar="FILE", help="write all figures, with machine, versions and date")
 
 
 def _options(args: argparse.Namespace) -> Options:
     if args.ranks < 2 or min(args.tokens, *args.context, args.layers, args.rounds) < 1:
         raise ValueError("--ranks must be at least 2, --tokens, --context, --layers and --rounds at least 1")
-    taken = ("model", "what", "tokens", "context", "layers", "dtype", "rounds", "device")
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {args.minutes}")
+    taken = ("model", "what", "tokens", "context", "layers", "dtype", "rounds", "device", "minutes")
     csv = os.path.abspath(args.csv) if args.csv else None
     return Options(nccl=not args.no_nccl, csv=csv, **{name: getattr(args, name) for name in taken})
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark with parsed options; 0, or 1 if a result was wrong. ValueError for options that do not fit."""
+    """Run the benchmark with parsed options; 0, or 1 if a result was wrong.
+
+    Raises:
+        ValueError: options that do not fit, or that leave nothing to measure.
+    """
     options = _options(args)
     instead = "`--device cpu` tries the benchmark out on CPU ranks"
     rows = measure_on_ranks(measure, options, ranks=args.ranks, device=options.device, no_gpu=instead)
     if rows is None:
         return 0
+    if not rows:
+        raise ValueError(f"nothing was measured: --minutes {options.minutes:g} were over")
     return 1 if any(row["wrong"] for row in rows) else 0
 
 
@@ -135,13 +153,18 @@ def cases(options: Options) -> list[Case]:
 
 
 def layer_rows(
-    common: Mapping[str, Any], timed: Mapping[str, Timing], wrong: Mapping[str, int], layers: int
+    common: Mapping[str, Any],
+    timed: Mapping[str, Timing],
+    wrong: Mapping[str, int],
+    layers: int,
+    ways: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each path: microseconds of a layer, and their ratio to ``off``."""
+    """One row for each path: microseconds of a layer, their ratio to ``off``, and how it sums (``sums_of``)."""
     return [
         {
             **common,
             "path": path,
+            "way": (ways or {}).get(path, ""),
             "time_us": _us(timing.median / layers),
             "q20_us": _us(timing.q20 / layers),
             "q80_us": _us(timing.q80 / layers),
@@ -206,7 +229,7 @@ def _measure(group, groups: Mapping[str, Any], symm, options: Options) -> list[d
 
     from tp_kernels.layers import RMSNorm
 
-    dtype = getattr(torch, options.dtype)
+    started, dtype = time.monotonic(), getattr(torch, options.dtype)
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         layers = [make_layer(options, groups["off"], dtype, number) for number in range(options.layers)]
@@ -215,14 +238,14 @@ def _measure(group, groups: Mapping[str, Any], symm, options: Options) -> list[d
             for name, of in groups.items()
         }
         norm = RMSNorm(_shapes(options).hidden, _EPS, device=options.device, dtype=dtype)
-        for case in cases(options):
+        for case in cases_in_time(group, cases(options), options.minutes, started):
             caches = [make_cache(options, case, layer, dtype, number) for number, layer in enumerate(layers)]
             passes = {name: partial(forward, stack, norm, caches=caches) for name, stack in stacks.items()}
             wrong = _check(group, passes, options, case, norm)
             x = _embedded(options, case, 0)
-            ways = {name: partial(of_input, x) for name, of_input in passes.items()}
-            timed = _time(group, symm, ways, case, options)
-            rows += layer_rows(_common(group, options, case), timed, wrong, options.layers)
+            timed = _time(group, symm, {name: partial(of_input, x) for name, of_input in passes.items()}, case, options)
+            ways = {name: sums_of(stack[0], x) for name, stack in stacks.items()}
+            rows += layer_rows(_common(group, options, case), timed, wrong, options.layers, ways)
             keep_rows(group, options.csv, rows)
             if group.rank == 0:
                 _print(rows[-len(timed) :])
@@ -235,10 +258,26 @@ def forward(layers: Sequence[Any], norm: Any, x: Any, caches: Sequence[Any]):
     if all(layer.fuses_norms(x) for layer in layers):
         for layer, cache in zip(layers, caches, strict=True):
             x, residual = layer(x, residual, None, cache, keep_partial=True)
-        return norm.add_reduced(x.partial, residual, layers[0].self_attn.group, x.bias, gather_sum=False)[0]
+        return x.add_norm(norm, residual, gather_sum=False)[0]
     for layer, cache in zip(layers, caches, strict=True):
         x, residual = layer(x, residual, None, cache)
     return norm(x, residual)[0]
+
+
+def sums_of(layer: Any, x: Any) -> str:
+    """How a layer in ``forward`` of ``x`` sums over the ranks; projections that differ are named.
+
+    "chunked" or "fused": beside the matmul; "kernel": after it, with the norm in one kernel; "apart": one by one.
+    """
+    joined, ways = layer.fuses_norms(x), {}
+    for name, projection in (("o_proj", layer.self_attn.o_proj), ("down_proj", layer.mlp.down_proj)):
+        if joined and projection.norm_path(x) == "kernel":
+            ways[name] = "kernel"
+        else:
+            overlap = projection.sum_path(x)
+            ways[name] = "apart" if overlap == "none" else overlap
+    first, second = ways.values()
+    return first if first == second else ", ".join(f"{name} {way}" for name, way in ways.items())
 
 
 def _shapes(options: Options):
@@ -409,8 +448,8 @@ def _common(group, options: Options, case: Case) -> dict[str, Any]:
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     first = rows[0]
     of = f"{first['what']} {first['tokens']}" + (f" after {first['context']}" if first["context"] != "" else "")
-    text = "  ".join(f"{row['path']} {row['time_us']:.1f} ({row['over_off']:.3f})" for row in rows)
-    print(f"{of:>24}  {text}  us a layer (over off)", flush=True)
+    text = "  ".join(f"{row['path']} {row['time_us']:.1f} ({row['over_off']:.3f}, {row['way']})" for row in rows)
+    print(f"{of:>24}  {text}  us a layer (over off, how it sums)", flush=True)
 
 
 if __name__ == "__main__":

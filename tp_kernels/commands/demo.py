@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(results: list[tuple[dict[str, Any], int]]) -> Any:
     from rich.table import Table
 
-    table = Table("tp", "threads", "via", "tokens/s", "ms/token", "prefill", "weights of the ranks")
+    table = Table("tp", "threads", "via", "tokens/s", "ms/token", "first prefill", "weights of the ranks")
     for result, threads in results:
         table.add_row(
             str(result["tp"]),

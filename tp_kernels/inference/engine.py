@@ -223,7 +223,7 @@ class DecodeEngine:
             done = [at - 1 for (row, _, end), at in zip(pieces, ends, strict=True) if end == len(prompts[row])]
             last = torch.empty(len(done), dtype=torch.int64, device=self.device)
             upload(last, torch.tensor(done, dtype=torch.int64))
-            if self._fused is not None and self._fused.takes_prompts:
+            if self._fused is not None:
                 hidden.append(self._fused.prefill(ids, packed, last))
             else:
                 hidden.append(self._decoder(ids.unsqueeze(0), None, packed)[0, last])

@@ -86,5 +86,5 @@ def _forget_engines(group: weakref.ref[TPGroup]) -> None:
 def _fingerprint(model: ParallelCausalLM) -> tuple:
     """What graphs of the model depend on."""
     tensors = [(parameter.data_ptr(), parameter.dtype, parameter.shape) for parameter in model.parameters()]
-    modules = [id(module) for module in model.modules()]
+    modules = [(id(module), getattr(module, "overlap", None)) for module in model.modules()]
     return FusedStep.why_not(model), model.group, tensors, modules

@@ -6,13 +6,15 @@ and, on a GPU, inside a CUDA graph: nothing waits, and what changes from step to
 One rank takes the projections' residual in their epilogue and, for few rows, the norm in their prologue: six or seven
 launches a layer. There the sum of a projection and the residual stream is rounded once, where modules round the
 projection first; in fp32 that is the same, in 16 bits the stream is the more exact one. Several ranks take exactly what
-``ParallelDecoderLayer`` takes: partial sums into the communicator's own memory, and sum, bias, residual and norm in one
-kernel where the group has it.
+``ParallelDecoderLayer`` takes (``RowParallelLinear.norm_path``): projections that overlap their sums where that was
+asked for or measured to be faster; else partial sums into the communicator's own memory, and sum, bias, residual and
+norm in one kernel where the group has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from tp_kernels import ops
+from tp_kernels.comm.overlap import SMALLEST_CHUNK, offers_overlap
 from tp_kernels.inference.plain_model import foreign_reason
 from tp_kernels.ops._gpu import autocast_dtype, takes_kernels
 from tp_kernels.ops._gpu_linear import choose_linear
@@ -39,10 +42,6 @@ class FusedStep:
         model: its parameters must stay where they are.
         max_len: most positions of a row.
 
-    Attributes:
-        takes_prompts: whether ``prefill`` is as good as the modules. It is not where these would overlap their sums
-            over the ranks with their matmuls.
-
     Raises:
         ValueError: ``why_not`` has a reason.
     """
@@ -56,11 +55,15 @@ class FusedStep:
         self._norm, self._head = decoder.norm, model.lm_head
         weight = decoder.norm.weight
         self._rotations = [layer.self_attn.rope.tables(max_len, weight.device) for layer in self._layers]
-        communicator = model.group.communicator
-        self._get_buffer: Callable[..., Tensor | None] | None = None
-        if getattr(communicator, "fused_norm", False) and communicator.fuses_norm(weight.shape[0], weight.dtype):
-            self._get_buffer = communicator.get_buffer
-        self.takes_prompts = model.group.world_size == 1 or self._get_buffer is not None
+        # Row-parallel projections in order, each with the norm behind it.
+        between = [layer.post_attention_layernorm for layer in self._layers]
+        behind = [layer.input_layernorm for layer in self._layers[1:]] + [self._norm]
+        self._sums = [
+            pair
+            for layer, *norms in zip(self._layers, between, behind, strict=True)
+            for pair in zip((layer.self_attn.o_proj, layer.mlp.down_proj), norms, strict=True)
+        ]
+        self._few_rows: list[Callable[..., tuple[Tensor, Tensor]]] | None = None
 
     @staticmethod
     def why_not(model: ParallelCausalLM) -> str | None:
@@ -87,8 +90,9 @@ class FusedStep:
         if model.group.world_size > 1:
             for layer in model.model.layers:
                 for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                    if projection.overlap not in ("auto", "none"):
-                        return f"a projection asks for overlap={projection.overlap!r}"
+                    overlap, scaled = projection.overlap, projection.weight_scale is not None
+                    if overlap not in ("auto", "none") and (scaled or not offers_overlap(model.group, overlap)):
+                        return f"a projection asks for overlap={overlap!r}, which cannot be had"
         return None
 
     def decode(self, ids: Tensor, rows: Any) -> Tensor:
@@ -163,28 +167,42 @@ class FusedStep:
         """All layers on several ranks, and the norm behind the last."""
         first = self._layers[0].input_layernorm
         normed, residual = ops.rms_norm(x, first.weight, first.eps), x
-        norms = [layer.input_layernorm for layer in self._layers[1:]] + [self._norm]
-        for number, (layer, norm) in enumerate(zip(self._layers, norms, strict=True)):
-            attention, mlp = layer.self_attn, layer.mlp
+        add_reduced = iter(self._ways(x))
+        for number, layer in enumerate(self._layers):
+            attention, gate_up = layer.self_attn, layer.mlp.gate_up_proj
             mixed = attend(number, attention, _linear(normed, attention.qkv_proj))
-            between = layer.post_attention_layernorm
-            normed, residual = self._add_reduced(attention.o_proj, mixed, residual, between, True)
-            gate_up = mlp.gate_up_proj
+            normed, residual = next(add_reduced)(mixed, residual)
             inner = ops.swiglu_linear(normed, gate_up.weight, gate_up.bias, weight_scale=gate_up.weight_scale)
-            normed, residual = self._add_reduced(mlp.down_proj, inner, residual, norm, norm is not self._norm)
+            normed, residual = next(add_reduced)(inner, residual)
         return normed
 
-    def _add_reduced(
-        self, projection: Any, x: Tensor, residual: Tensor, norm: RMSNorm, shared: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(norm of it, it): the residual stream with a row-parallel projection's sum over the ranks added."""
-        partial, out = projection.partial_sum(x), None
-        if shared and self._get_buffer is not None:
-            # The result is consumed before the next one is made: memory that the kernel need not copy it out of.
-            out = self._get_buffer(partial.shape, partial.dtype, use="output")
-        return ops.all_reduce_add_rms_norm(
-            partial, residual, norm.weight, norm.eps, self._group, projection.bias, gather_sum=False, out=out
-        )
+    def _ways(self, x: Tensor) -> list[Callable[..., tuple[Tensor, Tensor]]]:
+        """For each row-parallel projection ``way(input, residual)``, in a pass of as many rows as ``x`` has.
+
+        It returns (norm of the sum, the sum): the residual stream with the projection's sum over the ranks added.
+        """
+        few = len(x) <= SMALLEST_CHUNK  # no table speaks of so few: every decode step goes the same way
+        if few and self._few_rows is not None:
+            return self._few_rows
+        paths = [projection.norm_path(x) for projection, _ in self._sums]
+        # Of a sum that only the kernel reads next every rank needs no more than its own rows; of the last one, none.
+        whole = [path != "kernel" for path in paths[1:]] + [False]
+        last = len(paths) - 1
+        ways = [
+            partial(
+                projection.forward_norm,
+                norm=norm,
+                # "apart" as "kernel" does it without one: the partial sum in the communicator's memory, summed there.
+                path="op" if path == "op" else "kernel",
+                gather_sum=gather_sum,
+                # The result is consumed before the next one is made: memory that the kernel need not copy it out of.
+                shared=path == "kernel" and number != last,
+            )
+            for number, ((projection, norm), path, gather_sum) in enumerate(zip(self._sums, paths, whole, strict=True))
+        ]
+        if few:
+            self._few_rows = ways
+        return ways
 
 
 def _attend(attention: ParallelAttention, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:

@@ -3,8 +3,9 @@
 Transformers' model passes the hidden states from layer to layer and nothing else. But the sum over the ranks, the
 residual and the next layer's first norm are best done in one call, which has both results. So within one pass of the
 base model the layers share a ``Handover``, which is passed to them like an attention mask: the one puts the normed
-states in, the next takes them out if it was given the very tensor that they are the norm of. Nobody stands between the
-two then: a layer that is followed by a hooked one, or has hooks that may change its output, puts nothing in.
+states in, the next takes them out if it was given the very tensor that they are the norm of, and has that norm. Nobody
+stands between the two then: a layer that is followed by a hooked one, or has hooks that may change its output, puts
+nothing in.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ class Handover:
 
     def __init__(self, layers: Sequence[nn.Module]):
         self._next = {id(layer): following for layer, following in pairwise(layers)}
-        self._summed: torch.Tensor | None = None
-        self._normed: torch.Tensor | None = None
+        self._left: tuple[torch.Tensor, nn.Module, torch.Tensor] | None = None
 
     def norm_behind(self, layer: nn.Module) -> Any:
         """The norm that reads what ``layer`` returns, and nobody else does before it; None if there is none such."""
@@ -47,12 +47,11 @@ class Handover:
             return None
         return getattr(following, "input_layernorm", None)
 
-    def put(self, summed: torch.Tensor, normed: torch.Tensor) -> None:
-        """Leave the norm of ``summed`` for the layer that will be given ``summed``."""
-        self._summed, self._normed = summed, normed
+    def put(self, summed: torch.Tensor, norm: nn.Module, normed: torch.Tensor) -> None:
+        """Leave ``norm(summed)`` for the layer that will be given ``summed``."""
+        self._left = summed, norm, normed
 
-    def take(self, summed: torch.Tensor) -> torch.Tensor | None:
-        """The norm of ``summed`` if it was left here, else None; once."""
-        normed = self._normed if summed is self._summed else None
-        self._summed = self._normed = None
-        return normed
+    def take(self, summed: torch.Tensor, norm: nn.Module) -> torch.Tensor | None:
+        """``norm(summed)`` if it was left here, else None; once."""
+        left, self._left = self._left, None
+        return left[2] if left is not None and left[0] is summed and left[1] is norm else None

@@ -78,7 +78,7 @@ class DecoderLayerAdapter:
             kwargs = dict(zip(_LAYER_ARGUMENTS, args, strict=False)) | kwargs
         attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
         handover, residual = kwargs.pop(HANDOVER, None), hidden_states
-        normed = None if handover is None else handover.take(hidden_states)
+        normed = None if handover is None else handover.take(hidden_states, self.input_layernorm)
         if normed is None:
             normed = self.input_layernorm(hidden_states)
         path = self._path_between(hidden_states, kwargs.get("past_key_values"))
@@ -92,12 +92,12 @@ class DecoderLayerAdapter:
         else:
             residual = residual + x
             x = norm(residual)
-        following = None if handover is None else handover.norm_behind(self)
+        following = None if handover is None or watched() else handover.norm_behind(self)
         path = "apart" if following is None else self._path_behind(x, following)
         if path == "apart":
             return residual + mlp(x)
         x, residual = mlp.down_proj.forward_norm(mlp.gated(x), residual, following, path=path)
-        handover.put(residual, x)
+        handover.put(residual, following, x)
         return residual
 
     def _path_between(self, x: torch.Tensor, past_key_values: Any) -> str:
@@ -131,13 +131,13 @@ def _path(x: torch.Tensor, projection: Any, norm: Any) -> str:
     """``norm_path`` of ``projection`` for a pass with ``x``, or "apart" where its sum and ``norm`` are to be apart."""
     dtype = x.dtype
     if (
-        type(projection) is RowParallelLinear
+        not watched()
+        and type(projection) is RowParallelLinear
         and unobserved(projection)
         and isinstance(norm, NormAdapter)
         and unobserved(norm)
         and not torch.is_grad_enabled()
         and not _has_any_global_hook()
-        and not watched()
         and autocast_dtype(x) is None
         and projection.input_dtype is dtype
         and norm.weight.dtype is dtype

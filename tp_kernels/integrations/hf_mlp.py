@@ -37,6 +37,7 @@ class MLPAdapter(PackedLinears):
             and down.overlap in ("auto", "none")
             and getattr(down, "weight_scale", None) is None
             and needs_grad(x, weight, bias, down.weight)
+            and down.sum_path(x) == "none"  # see ``ParallelMLP``
         ):
             return down.reduce_partial(ops.swiglu_mlp(x, weight, down.weight, bias, group=self._ranks()))
         return down(ops.swiglu_linear(x, weight, bias, group=self._ranks()))

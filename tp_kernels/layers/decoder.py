@@ -35,16 +35,6 @@ class PartialSum(NamedTuple):
     projection: RowParallelLinear
     path: str
 
-    @property
-    def partial(self) -> torch.Tensor:
-        """This rank's part of the sum; good until the next partial sum (see ``RowParallelLinear.partial_sum``)."""
-        return self.projection.partial_sum(self.x)
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """To be added to the sum, or None."""
-        return self.projection.bias
-
     def add_norm(
         self, norm: nn.Module, residual: torch.Tensor, *, gather_sum: bool = True, shared: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +191,8 @@ class ParallelDecoderLayer(nn.Module):
 
         That is for inference, where that call overlaps the matmul or the group's communicator has a kernel for it
         (``RowParallelLinear.norm_path``), and where nothing was put into the block that would see the difference
-        (hooks, replaced modules).
+        (hooks, replaced modules). It decides which collectives run: what is put into one rank's block belongs into all
+        ranks'.
         """
         attention, mlp = self.self_attn, self.mlp
         group = getattr(attention, "group", None)

@@ -142,7 +142,7 @@ class ParallelLMHead(ColumnParallelLinear):
         embedding_dim: size of the hidden state.
         bias: learn an additive bias.
         gather_output: return all logits on every rank (the default), or this rank's words only.
-        group, sequence_parallel, device, dtype: as in ``ColumnParallelLinear``.
+        group, sequence_parallel, overlap, device, dtype: as in ``ColumnParallelLinear``.
 
     Shape:
         [..., embedding_dim] -> [..., num_embeddings], or this rank's part of it.
@@ -157,13 +157,14 @@ class ParallelLMHead(ColumnParallelLinear):
         group: Any = None,
         gather_output: bool = True,
         sequence_parallel: bool = False,
+        overlap: str = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
         TensorParallelLayer.__init__(self, group)
         sizes = _vocab_sizes(num_embeddings, self.tp_size)
         pieces = [("", num_embeddings, ranges_from_sizes(sizes))]
-        self._build(embedding_dim, pieces, bias, gather_output, sequence_parallel, False, device, dtype)
+        self._build(embedding_dim, pieces, bias, gather_output, sequence_parallel, False, device, dtype, overlap)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self._tied = False
         self.vocab_range = pieces[0][2][self.tp_rank]
@@ -187,15 +188,20 @@ class ParallelLMHead(ColumnParallelLinear):
             raise ValueError("expected a head with a weight of its own to quantise, got one tied to an embedding")
 
     @classmethod
-    def from_embedding(cls, embedding: VocabParallelEmbedding, *, gather_output: bool = True) -> ParallelLMHead:
-        """A head that shares the weight of ``embedding``."""
+    def from_embedding(cls, embedding: VocabParallelEmbedding, **options: Any) -> ParallelLMHead:
+        """A head that shares the weight of ``embedding``.
+
+        Args:
+            embedding: whose group, device and dtype it takes, too.
+            options: further constructor arguments (``gather_output``, ``sequence_parallel``, ...).
+        """
         head = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
             group=embedding.group,
-            gather_output=gather_output,
             device="meta",
             dtype=embedding.weight.dtype,
+            **options,
         )
         return head.tie_weights(embedding)
 

@@ -32,6 +32,8 @@ class ParallelMLP(TensorParallelLayer):
         bias: a bias for all three projections.
         activation: of the gate: "silu", "gelu" or "gelu_tanh".
         overlap: see ``RowParallelLinear``; with ``sequence_parallel`` for all projections (``ColumnParallelLinear``).
+            With gradients an overlapped sum gives up ``ops.swiglu_mlp``, which need not save ``act(gate) * up`` for the
+            backward: "auto" does so where the overlap was measured to be faster, "none" never.
             Gate and up projections whose tokens are gathered beside the matmul give up the kernel that multiplies by
             the gate in their epilogue (``ops.swiglu_linear``), and the gate is a pass of its own: "auto" does so only
             where a measurement says that gathering costs more.
@@ -111,8 +113,9 @@ class ParallelMLP(TensorParallelLayer):
     def _trains_fused(self, x: torch.Tensor) -> bool:
         """Whether the fused MLP takes over the down projection's matmul: for its backward, on GPUs.
 
-        Not where that projection overlaps its matmul with communication, or is not the stock one, nor with quantised
-        weights.
+        Not where that projection overlaps its sum over the ranks, because that was asked for or, with "auto", measured
+        to be faster: the fused MLP's sum comes after its matmul. Nor where the projection is not the stock one, nor
+        with quantised weights.
         """
         gate_up, down = self.gate_up_proj, self.down_proj
         return (
@@ -124,6 +127,7 @@ class ParallelMLP(TensorParallelLayer):
             and down.overlap in ("auto", "none")
             and not (gate_up.quantized or down.quantized)
             and not (down._forward_hooks or down._forward_pre_hooks or down._backward_hooks or down._backward_pre_hooks)
+            and down.sum_path(x) == "none"
         )
 
     @classmethod

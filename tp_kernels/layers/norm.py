@@ -80,28 +80,5 @@ class RMSNorm(nn.Module):
         normed = ops.rms_norm(summed, weight, self.eps).to(dtype)
         return normed if residual is None else (normed, summed)
 
-    def add_reduced(
-        self,
-        partial: torch.Tensor,
-        residual: torch.Tensor,
-        group: TPGroup,
-        bias: torch.Tensor | None = None,
-        *,
-        gather_sum: bool = True,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``forward(all_reduce(partial) + bias, residual)``, in one kernel where the group offers it.
-
-        Args:
-            partial: [..., hidden_size], this rank's part of a row-parallel layer's sum; may be overwritten.
-            residual: [..., hidden_size].
-            group: of the row-parallel layer.
-            bias: that layer's.
-            gather_sum, out: see ``ops.all_reduce_add_rms_norm``.
-        """
-        return ops.all_reduce_add_rms_norm(
-            partial, residual, self.weight, self.eps, group, bias, gather_sum=gather_sum, out=out
-        )
-
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, eps={self.eps}"

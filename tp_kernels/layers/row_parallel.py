@@ -172,15 +172,30 @@ class RowParallelLinear(ParallelLinear):
         if self.sequence_parallel:  # all ranks' tokens are not known yet, and there is no kernel to choose from
             return "op" if overlap != "none" and not scaled and communicator.overlap_modes else "apart"
         kernel = getattr(communicator, "fused_norm", False) and communicator.fuses_norm(self.out_features, x.dtype)
-        if not scaled and may_overlap(group, overlap, x.shape[:-1].numel()):
-            if asked or not kernel:
-                return "op"
-            choice = choose_linear_all_reduce(
-                x, self.weight, group=group, overlap=overlap, in_features=self.in_features
-            )
-            if choice.path != "none":
-                return "op"
+        overlaps = not scaled and may_overlap(group, overlap, x.shape[:-1].numel())
+        if overlaps and (asked or not kernel or self.sum_path(x) != "none"):
+            return "op"
         return "kernel" if kernel else "apart"
+
+    def sum_path(self, x: torch.Tensor) -> str:
+        """How the sum over the ranks of an input with as many rows as ``x`` overlaps the matmul; the same on all ranks.
+
+        Args:
+            x: as for ``norm_path``. A collective when it is the first on a GPU.
+
+        Returns:
+            "chunked", "fused" or "none"; "none" too for the parts of a sequence, whose sums are scattered.
+
+        Raises:
+            ValueError: what was asked for cannot be had.
+        """
+        group, overlap = self.group, self.overlap
+        if self.weight_scale is not None or self.sequence_parallel or not self.reduce_results:
+            return "none"
+        if not may_overlap(group, overlap, x.shape[:-1].numel()):
+            return "none"
+        how = {"group": group, "overlap": overlap, "in_features": self.in_features}
+        return choose_linear_all_reduce(x, self.weight, **how).path
 
     def forward_norm(
         self,
@@ -221,9 +236,7 @@ class RowParallelLinear(ParallelLinear):
         if path == "apart":
             return norm(self(x), residual)
         weight, bias, group = self.weight, self.bias, self.group
-        if self.input_is_parallel:
-            check_input(x, self.in_features_local, weight, self)
-        else:
+        if not self.input_is_parallel:
             x = self._own_part(x)
         if path == "kernel":
             partial, out = self.partial_sum(x), None
@@ -232,6 +245,7 @@ class RowParallelLinear(ParallelLinear):
             return ops.all_reduce_add_rms_norm(
                 partial, residual, norm.weight, norm.eps, group, bias, gather_sum=gather_sum, out=out
             )
+        check_input(x, self.in_features_local, weight, self)
         if self.overlap != "auto":
             check_offered(self.overlap, group, x.device)
         how = {"group": group, "overlap": self.overlap, "in_features": self.in_features}

@@ -52,6 +52,7 @@ from tp_kernels.ops._token_pieces import (
     sequences,
 )
 from tp_kernels.ops.linear import check_linear, linear
+from tp_kernels.ops.swiglu import as_rows
 from tp_kernels.ops.tuning import Choice
 
 __all__ = ["choose_column_parallel_linear", "column_parallel_linear", "column_parallel_linear_reference"]
@@ -144,14 +145,13 @@ class _ColumnParallelLinear(torch.autograd.Function):
         overlapped = ctx.overlapped and not torch.is_grad_enabled()
         compute = _overlapped_gradients if overlapped else _differentiable_gradients
         grad_x, grad_weight = compute(grad, x, weight, ctx.group, ctx.sizes, wants_x, wants_weight)
-        grad_bias = grad.reshape(-1, weight.shape[0]).sum(0) if wants_bias else None
+        grad_bias = as_rows(grad).sum(0) if wants_bias else None
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def _differentiable_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, group: TPGroup, sizes: list[int] | None, wants_x: bool, wants_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    n, k = weight.shape
     grad_x = grad_weight = None
     if wants_x:
         partial = grad @ weight
@@ -160,7 +160,7 @@ def _differentiable_gradients(
         else:
             grad_x = reduce_scatter_to_sequence_parallel(partial, group, SEQUENCE_DIM, sizes)
     if wants_weight:
-        grad_weight = grad.reshape(-1, n).t() @ _whole(x, group, sizes).reshape(-1, k)
+        grad_weight = as_rows(grad).t() @ as_rows(_whole(x, group, sizes))
     return grad_x, grad_weight
 
 
@@ -169,14 +169,13 @@ def _overlapped_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     if not wants_x:  # then there is nothing to do meanwhile
         return _differentiable_gradients(grad, x, weight, group, sizes, wants_x, wants_weight)
-    n, k = weight.shape
-    rows, communicator = grad.reshape(-1, n), group.communicator
+    rows, communicator = as_rows(grad), group.communicator
     gathered: Handle | None = None
     with started_collectives() as started:
         if sizes is not None and wants_weight:
             gathered = communicator.all_gather_async(x, dim=SEQUENCE_DIM, sizes=sizes)
             started.append(gathered)
-        partial = (rows @ weight).view(*grad.shape[:-1], k)
+        partial = (rows @ weight).view(*grad.shape[:-1], weight.shape[1])
         if sizes is None:
             summed = communicator.all_reduce_async(partial, out=partial)
         else:
@@ -185,7 +184,7 @@ def _overlapped_gradients(
         grad_weight = None
         if wants_weight:
             whole = x if gathered is None else gathered.wait()
-            grad_weight = rows.t() @ whole.reshape(-1, k)
+            grad_weight = rows.t() @ as_rows(whole)
         return summed.wait(), grad_weight
 
 

@@ -48,6 +48,7 @@ from tp_kernels.ops._token_pieces import (
 )
 from tp_kernels.ops.linear import check_linear, linear
 from tp_kernels.ops.norm import add_rms_norm, add_rms_norm_by_rows, add_rms_norm_reference
+from tp_kernels.ops.swiglu import as_rows
 from tp_kernels.ops.tuning import Choice
 
 __all__ = ["choose_linear_reduce_scatter", "linear_reduce_scatter", "linear_reduce_scatter_reference"]
@@ -85,7 +86,7 @@ def choose_linear_reduce_scatter(
     if group.world_size > 1 and (watched() or type(x) not in PLAIN_TYPES or type(weight) not in PLAIN_TYPES):
         kinds = sorted({type(tensor).__name__ for tensor in (x, weight) if type(tensor) not in PLAIN_TYPES})
         return Choice("none", "traced code" if watched() else f"an operand is a {', '.join(kinds)}")
-    rows = x.numel() // max(1, x.shape[-1])
+    rows = x.shape[:-1].numel()  # the same on all ranks, also where this one has no features
     return choose_overlap(_OP, x, weight, group, overlap, rows, weight.shape[0], in_features)
 
 
@@ -157,19 +158,18 @@ class _LinearReduceScatter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         group, sizes, pieces, overlapped = ctx.call
-        n, k = weight.shape
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         grad_x: Tensor | None = None
         if torch.is_grad_enabled() or not wants_x:
             # A graph of the backward itself is asked for, or there is nothing to do meanwhile: the composition.
             whole = gather_from_sequence_parallel(grad, group, SEQUENCE_DIM, sizes)
             if wants_x:
-                grad_x = (whole.reshape(-1, n) @ weight).view(x.shape)
+                grad_x = (as_rows(whole) @ weight).view(x.shape)
         else:
             grad_x, whole = gather_matmul(
                 grad, weight, None, sizes, pieces, group.communicator, overlapped, keep=wants_weight
             )
-        grad_weight = whole.reshape(-1, n).t() @ x.reshape(-1, k) if wants_weight else None
+        grad_weight = as_rows(whole).t() @ as_rows(x) if wants_weight else None
         return grad_x, grad_weight, None, None, None, None
 
 

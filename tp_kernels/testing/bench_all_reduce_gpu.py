@@ -22,20 +22,40 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from tp_kernels import one_gpu
 from tp_kernels.testing.bench import Timing, bytes_argument, format_bytes, run_command_line, sizes_between
 from tp_kernels.testing.bench_all_reduce_norms import NormBench
-from tp_kernels.testing.rank_bench import captured, keep_rows, measure_on_ranks, time_graphs
+from tp_kernels.testing.rank_bench import captured, cases_in_time, keep_rows, measure_on_ranks, time_graphs
 
 __all__ = ["Options", "add_arguments", "calls_for", "main", "measure", "run", "sum_rows"]
 
 TORCH_DTYPES = ("float32", "bfloat16")  # those that torch.ops.symm_mem adds
 _PEERS = {"one_shot": "torch_one_shot", "two_shot": "torch_two_shot"}
+
+
+class SumCase(NamedTuple):
+    """A sum of so many bytes."""
+
+    nbytes: int
+
+    def __str__(self) -> str:
+        return format_bytes(self.nbytes)
+
+
+class NormCase(NamedTuple):
+    """A sum of [tokens, hidden] and the norm behind it."""
+
+    tokens: int
+    hidden: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.hidden}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,14 @@ class Options:
     dtype: str = "bfloat16"
     rounds: int = 10
     nccl: bool = True
+    minutes: float = 30.0
     csv: str | None = None
+
+    def cases(self) -> list[SumCase | NormCase]:
+        """What is measured, in order."""
+        sums = [SumCase(size) for size in self.sizes] if "sums" in self.what else []
+        norms = [NormCase(t, h) for h in self.hidden for t in self.tokens] if "norms" in self.what else []
+        return [*sums, *norms]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=default.dtype)
     parser.add_argument("--rounds", type=int, default=default.rounds, help="timed rounds (default %(default)s)")
     parser.add_argument("--no-nccl", action="store_true", help="leave NCCL out")
+    parser.add_argument(
+        "--minutes", type=float, default=default.minutes, metavar="M", help="start no case after (default %(default)s)"
+    )
     parser.add_argument("--csv", metavar="FILE", help="write all figures, with machine, versions and date")
 
 
@@ -79,18 +109,27 @@ def _options(args: argparse.Namespace) -> Options:
     sizes = sizes_between(args.min_bytes, args.max_bytes, args.factor)
     if sizes[0] < 16:
         raise ValueError(f"--min-bytes must be at least 16, got {sizes[0]}")
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {args.minutes}")
     csv = os.path.abspath(args.csv) if args.csv else None
-    return Options(sizes, args.hidden, args.tokens, args.what, args.dtype, args.rounds, not args.no_nccl, csv)
+    names = ("hidden", "tokens", "what", "dtype", "rounds", "minutes")
+    return Options(sizes, nccl=not args.no_nccl, csv=csv, **{name: getattr(args, name) for name in names})
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark with parsed options; 0, or 1 if a result was wrong. ValueError for options that do not fit."""
+    """Run the benchmark with parsed options; 0, or 1 if a result was wrong.
+
+    Raises:
+        ValueError: options that do not fit, or that leave nothing to measure.
+    """
     options = _options(args)
     rows = measure_on_ranks(
         measure, options, ranks=args.ranks, no_gpu="`tp-kernels bench all-reduce` measures CPU ranks"
     )
     if rows is None:
         return 0
+    if not rows:
+        raise ValueError(f"nothing was measured: --minutes {options.minutes:g} were over")
     return 1 if any(row["wrong"] for row in rows) else 0
 
 
@@ -109,7 +148,7 @@ def measure(group, options: Options) -> list[dict[str, Any]]:
 
     from tp_kernels.testing.symmetric_ranks import make_symmetric
 
-    largest = max(options.sizes)
+    started, largest = time.monotonic(), max(options.sizes)
     symm = make_symmetric(group, "bench_all_reduce_gpu", max_bytes=max(largest, 64 << 20), timeout=60.0)
     dtype = getattr(torch, options.dtype)
     torch_memory = nccl = None
@@ -124,15 +163,9 @@ def measure(group, options: Options) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     try:
         bench = _Bench(group, symm, options, dtype, torch_memory, nccl)
-        if "sums" in options.what:
-            for size in options.sizes:
-                rows += bench.sums(size)
-                keep_rows(group, options.csv, rows)
-        if "norms" in options.what:
-            for hidden in options.hidden:
-                for tokens in options.tokens:
-                    rows += bench.norms(tokens, hidden)
-                    keep_rows(group, options.csv, rows)
+        for case in cases_in_time(group, options.cases(), options.minutes, started):
+            rows += bench.sums(*case) if isinstance(case, SumCase) else bench.norms(*case)
+            keep_rows(group, options.csv, rows)
         symm.check()
     finally:
         torch.cuda.synchronize()
@@ -260,10 +293,10 @@ class _Bench:
         if self.group.rank:
             return
         first = rows[0]
-        of = format_bytes(first["bytes"]) if first["kind"] == "sum" else f"{first['tokens']} x {first['hidden']}"
+        of = SumCase(first["bytes"]) if first["kind"] == "sum" else NormCase(first["tokens"], first["hidden"])
         text = "  ".join(f"{row['path']} {row['time_us']:.1f}" for row in rows)
         wrong = [row["path"] for row in rows if row["wrong"]]
-        print(f"{of:>12}  {text}{'  WRONG: ' + ', '.join(wrong) if wrong else ''}", flush=True)
+        print(f"{of!s:>12}  {text}{'  WRONG: ' + ', '.join(wrong) if wrong else ''}", flush=True)
 
 
 # Pure ----------------------------------------------------------------------------------------------------------------
@@ -275,11 +308,12 @@ def calls_for(nbytes: int) -> int:
 
 
 def sum_rows(common: Mapping[str, Any], timed: Mapping[str, Timing], wrong: Mapping[str, int]) -> list[dict[str, Any]]:
-    """One row for each way; ``over_peer`` is its time over that of torch's same algorithm."""
+    """One row for each way; ``over_peer`` is its time over that of torch's same algorithm, where both were right."""
     rows = []
     for path, timing in timed.items():
         algbw = common["bytes"] / timing.median / 1e9
-        peer = timed.get(_PEERS.get(path, ""))
+        theirs = _PEERS.get(path, "")
+        peer = None if wrong[path] or wrong.get(theirs) else timed.get(theirs)
         rows.append(
             {
                 **common,

@@ -62,12 +62,12 @@ def norm_rows(common: Mapping[str, Any], timed: Mapping[str, Timing], wrong: Map
     """A row for each way.
 
     ``over_all_reduce`` is its time over that of our all-reduce by itself, of the algorithm that the fused kernel takes;
-    ``speedup`` the time of the fastest peer, an all-reduce of torch's and then a norm, over its own.
+    ``speedup`` the time of the fastest right peer, an all-reduce of torch's and then a norm, over its own.
 
     Args:
         timed: ours under their names, peers as "all-reduce+norm", torch's all-reduces by themselves under theirs.
     """
-    peers = [name for name in timed if "+" in name]
+    peers = [name for name in timed if "+" in name and not wrong.get(name)]
     best = min(peers, key=lambda name: timed[name].median, default=None)
     alone = timed["all_reduce_same" if "all_reduce_same" in timed else "all_reduce"].median
     rows = []

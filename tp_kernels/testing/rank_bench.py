@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tp_kernels.testing.bench import Timing, write_csv
 
-__all__ = ["captured", "keep_rows", "measure_on_ranks", "time_graphs", "time_turns"]
+__all__ = ["captured", "cases_in_time", "keep_rows", "measure_on_ranks", "time_graphs", "time_turns"]
 
 _LIMIT_S = 3600.0
 # Of a collective between hosts: ranks compile the same kernels, but not at the same time.
@@ -64,6 +65,31 @@ def keep_rows(group, csv: str | None, rows: list[dict[str, Any]]) -> None:
     """Rank 0 writes what there is so far, after each case: a run may be ended before its last. None writes nothing."""
     if csv and group.rank == 0:
         write_csv(csv, rows)
+
+
+def cases_in_time(
+    group, cases: Sequence[Any], minutes: float, started: float, *, share: float = 1.0, what: str = "cases"
+) -> Iterator[Any]:
+    """Those of ``cases`` that begin within so many minutes, by the first rank's clock; it names the others.
+
+    Args:
+        group: of the ranks, with a CPU transport; all of them ask for the same cases.
+        cases: in the order of measurement.
+        minutes: of the whole run.
+        started: of this rank's ``time.monotonic()``, when the minutes began.
+        share: of the minutes that these cases may begin in.
+        what: they are called.
+    """
+    import torch
+
+    for index, case in enumerate(cases):
+        over = torch.tensor([int(time.monotonic() > started + 60 * minutes * share)])
+        if group.broadcast(over, 0).item():
+            if group.rank == 0:
+                names = ", ".join(map(str, cases[index:]))
+                print(f"# left out: {what} because --minutes {minutes:g} were over: {names}", flush=True)
+            return
+        yield case
 
 
 def captured(function: Callable[[], Any], calls: int = 1):

@@ -178,5 +178,6 @@ def aot_cases() -> list[AotCase]:
 
     return [
         AotCase("peer_check world 3", lambda: run(3), max_registers=64),
-        AotCase("peer_check world 8", lambda: run(8), (90,), max_registers=64),
+        # 8 bytes: with Triton 3.6, whose ptxas keeps to 32 registers here.
+        AotCase("peer_check world 8", lambda: run(8), (90,), max_registers=64, max_spill_bytes=8),
     ]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tp_kernels.comm.symmetric_sizes import FAILED_OFFSET, MAX_BLOCKS, STATE_OFFSET
-from tp_kernels.ops.kernels.peer_norm import _EXCHANGE
+from tp_kernels.ops.kernels.peer_norm import _POLLING
 
 __all__ = ["await_flags", "is_last", "raise_flags", "recall", "signal_value", "write_records"]
 
@@ -51,8 +51,7 @@ DONE:
 # $0 lost | $1 table of the flags' addresses | $2 rank | $3 world | $4 value | $5 timeout in ns | $6 skip
 # $7 ranks, one bit each | $8 offset
 #
-# Thread r waits for the own flag at ``offset`` + 8 r if bit r is set. From POLL on it is the wait of ``_EXCHANGE``:
-# its pauses, its looks at the clock and at others' failures, and its record of the rank that did not come.
+# Thread r waits for the own flag at ``offset`` + 8 r if bit r is set.
 _AWAIT = tl.constexpr(
     """
 {
@@ -76,7 +75,7 @@ _AWAIT = tl.constexpr(
   add.u64 at, at, $8;
   mov.b32 polls, 0;
 """
-    + _EXCHANGE.value[_EXCHANGE.value.index("POLL:") :]
+    + _POLLING
 )
 
 

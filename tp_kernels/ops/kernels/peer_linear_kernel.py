@@ -37,7 +37,8 @@ many features it has, the other extents of its tiles, whether descriptors can ad
 
 Bits: those of ``matmul`` with the same tile and ``peer_norm`` after it: they depend neither on who takes which entry
 nor on timing. Failure: as in csrc/kernels/peer_sync.cuh. A block that gave up takes no more entries and counts nothing,
-the last one to leave is then missing, and the records keep the old count.
+the last one to leave is then missing, and the records keep the old count. Who only pulls names the owner, which may
+itself have waited for another rank: the owner's own record names that one.
 
 Stores to peers are ordinary ones, because a release does not order what goes through tensor descriptors.
 """

@@ -45,37 +45,10 @@ _FAILED = tl.constexpr(FAILED_OFFSET)
 _BLOCKS = tl.constexpr(MAX_BLOCKS)
 _CHUNK = tl.constexpr(CHUNK_PACKS)
 
-# $0 lost | $1 table of the flags' addresses | $2 rank | $3 world | $4 value | $5 timeout in ns | $6 skip
-#
-# Twin of exchange() in csrc/kernels/peer_sync.cuh. A thread for each peer raises signal[block][rank] there and polls
-# signal[block][peer] here: 128 polls without a pause, then one every 200 ns, of which every 16th looks at the clock and
-# every 1024th at the error record (behind PCIe) and at the flag of other blocks that failed. Barriers are not .aligned:
-# the polling threads of the first warp come to theirs one by one.
-_EXCHANGE = tl.constexpr(
-    f"""
-{{
-  .reg .pred lost, q;
-  .reg .b32 thread, block, polls, word;
-  .reg .b64 own, at, seen, start, now;
-  setp.ne.s32 lost, $6, 0;
-  barrier.red.or.pred lost, 0, lost;
-  @lost bra TOLD;
-  mov.u32 thread, %tid.x;
-  setp.ge.u32 q, thread, $3;
-  @q bra MET;
-  setp.eq.u32 q, thread, $2;
-  @q bra MET;
-  mov.u32 block, %ctaid.x;
-  mad.wide.u32 at, thread, 8, $1;
-  ld.global.b64 at, [at];
-  mad.wide.u32 at, block, {8 * MAX_WORLD}, at;
-  mad.wide.u32 at, $2, 8, at;
-  st.release.sys.global.b64 [at], $4;
-  mad.wide.u32 at, $2, 8, $1;
-  ld.global.b64 own, [at];
-  mad.wide.u32 at, block, {8 * MAX_WORLD}, own;
-  mad.wide.u32 at, thread, 8, at;
-  mov.b32 polls, 0;
+# A thread's wait for the flag at ``at``; operands as of _EXCHANGE. 128 polls without a pause, then one every 200 ns, of
+# which every 16th looks at the clock and every 1024th at the error record (behind PCIe) and at the flag of other blocks
+# that failed. Barriers are not .aligned: the polling threads of the first warp come to theirs one by one.
+_POLLING = f"""\
 POLL:
   ld.acquire.sys.global.b64 seen, [at];
   setp.ge.u64 q, seen, $4;
@@ -133,6 +106,38 @@ TOLD:
   selp.b32 $0, 1, 0, lost;
 }}
 """
+
+# $0 lost | $1 table of the flags' addresses | $2 rank | $3 world | $4 value | $5 timeout in ns | $6 skip
+#
+# Twin of exchange() in csrc/kernels/peer_sync.cuh: a thread for each peer raises signal[block][rank] there and polls
+# signal[block][peer] here.
+_EXCHANGE = tl.constexpr(
+    f"""
+{{
+  .reg .pred lost, q;
+  .reg .b32 thread, block, polls, word;
+  .reg .b64 own, at, seen, start, now;
+  setp.ne.s32 lost, $6, 0;
+  barrier.red.or.pred lost, 0, lost;
+  @lost bra TOLD;
+  mov.u32 thread, %tid.x;
+  setp.ge.u32 q, thread, $3;
+  @q bra MET;
+  setp.eq.u32 q, thread, $2;
+  @q bra MET;
+  mov.u32 block, %ctaid.x;
+  mad.wide.u32 at, thread, 8, $1;
+  ld.global.b64 at, [at];
+  mad.wide.u32 at, block, {8 * MAX_WORLD}, at;
+  mad.wide.u32 at, $2, 8, at;
+  st.release.sys.global.b64 [at], $4;
+  mad.wide.u32 at, $2, 8, $1;
+  ld.global.b64 own, [at];
+  mad.wide.u32 at, block, {8 * MAX_WORLD}, own;
+  mad.wide.u32 at, thread, 8, at;
+  mov.b32 polls, 0;
+"""
+    + _POLLING
 )
 
 

@@ -1,7 +1,9 @@
-"""What people read: a table a case, a summary an op, and a plot of speeds relative to the best competitor."""
+"""What people read: a table a case, a summary an op, and a plot of speeds relative to the best competitor; and the text
+of a tuning table."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,7 @@ from typing import Any
 from tp_kernels.testing.bench import load_pyplot
 from tp_kernels.testing.machine import machine_record
 
-__all__ = ["case_lines", "plot_ops", "summary", "summary_by_rows"]
+__all__ = ["case_lines", "plot_ops", "summary", "summary_by_rows", "table_text"]
 
 
 def case_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -129,3 +131,13 @@ def plot_ops(folder: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
         pyplot.close(figure)
         files.append(path)
     return files
+
+
+def table_text(table: Mapping[str, Any]) -> str:
+    """A tuning table as JSON with one entry a line, so that it can be read and compared."""
+    ops = ",\n".join(
+        f"  {json.dumps(op)}: [\n" + ",\n".join(f"   {json.dumps(row)}" for row in rows) + "\n  ]"
+        for op, rows in sorted(table["ops"].items())
+    )
+    head = {name: value for name, value in table.items() if name != "ops"}
+    return json.dumps(head, indent=1)[:-2] + f',\n "ops": {{\n{ops}\n }}\n}}\n'

@@ -31,6 +31,7 @@ from tp_kernels.ops.tuning import dtype_class, forget_tables
 from tp_kernels.testing.aot import build_launcher, compile_only, specialization_key
 from tp_kernels.testing.gpu_timer import input_sets, raise_if_lost, time_competitors
 from tp_kernels.testing.op_bench.case import Case
+from tp_kernels.testing.op_bench.report import table_text
 from tp_kernels.testing.op_bench.runner import Selection, check_case, select_cases
 
 __all__ = ["Table", "distinct_jobs", "pending", "precompile", "tune_case"]
@@ -75,19 +76,9 @@ class Table:
         self.content["versions"] = _versions()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(_dump(self.content))
+        unfinished.write_text(table_text(self.content))
         unfinished.replace(self.path)
         forget_tables()
-
-
-def _dump(content: dict[str, Any]) -> str:
-    """JSON with one entry a line, so that a table can be read and compared."""
-    ops = ",\n".join(
-        f"  {json.dumps(op)}: [\n" + ",\n".join(f"   {json.dumps(row)}" for row in rows) + "\n  ]"
-        for op, rows in sorted(content["ops"].items())
-    )
-    head = {name: content[name] for name in ("gpu", "measured", "versions")}
-    return json.dumps(head, indent=1)[:-2] + f',\n "ops": {{\n{ops}\n }}\n}}\n'
 
 
 def _versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from tp_kernels.testing.bench import Timing, interleaved
 from tp_kernels.testing.gpu_timer import raise_if_lost
 from tp_kernels.testing.overlap_bench import peers, report
 from tp_kernels.testing.overlap_bench.case import Case, Operands, Plan, cases_of, count_unequal
-from tp_kernels.testing.rank_bench import captured, keep_rows, time_turns
+from tp_kernels.testing.rank_bench import captured, cases_in_time, keep_rows, time_turns
 
 __all__ = ["Bench", "Peers"]
 
@@ -75,7 +75,9 @@ class Bench:
     def run(self) -> list[dict[str, Any]]:
         """All cases, then the peers beside the best of ours; the rows."""
         done = []
-        for case in self._in_time(cases_of(self.options), "cases", 1.0 if self.peers is None else _OURS):
+        minutes = self.options.minutes
+        share = 1.0 if self.peers is None else _OURS
+        for case in cases_in_time(self.group, cases_of(self.options), minutes, self._started, share=share):
             first = len(self.rows)
             for ctas, over in list(self.over):
                 self._try(case, ctas, over)
@@ -83,26 +85,17 @@ class Bench:
             done.append(case)
             self._keep(found)
         if self.peers is not None:
-            for case in self._in_time(done, "cases beside torch's own ways"):
+            what = "cases beside torch's own ways"
+            for case in cases_in_time(self.group, done, minutes, self._started, what=what):
                 self._beside(case)
                 self._keep([])
                 if self.stuck:
                     break
         if self.group.rank == 0:
             for what, count in self.left_out.items():
-                print(f"# left out, {count} times: {what}", flush=True)
+                often = "once" if count == 1 else f"{count} times"
+                print(f"# left out, {often}: {what}", flush=True)
         return self.rows
-
-    def _in_time(self, cases: list[Case], what: str, share: float = 1.0):
-        """Those cases that begin within so much of the run's minutes; the others are noted."""
-        minutes = self.options.minutes
-        for index, case in enumerate(cases):
-            over = time.monotonic() > self._started + 60 * minutes * share
-            if self._everyone(over)[0]:  # the first rank's clock decides
-                names = ", ".join(map(str, cases[index:]))
-                self.left_out[f"{what} because --minutes {minutes:g} were over: {names}"] += 1
-                return
-            yield case
 
     def _everyone(self, value: Any) -> list[Any]:
         import torch.distributed as dist
@@ -217,7 +210,7 @@ class Bench:
     def _check(self, case: Case, operands: Operands, over: Any, plans: list[Plan]) -> dict[Plan, dict[str, int]]:
         """Of each plan the elements that differ from one piece, from the same one by one, from exact sums."""
         counts = {}
-        piece = operands.call(over, _NONE)
+        piece = operands.call(over, _NONE).clone()  # what follows may use its memory again
         for plan in plans:
             found = {"differs": 0, "wrong": 0}
             if plan != _NONE:
