@@ -31,6 +31,31 @@ def test_attention(heads, kv_heads, length, kv_length, window, causal):
     assert_close_to_reference(actual, plain, exact, factor=3.0)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 2])
+def test_packed_attention(window, causal):
+    """Sequences as on the diagonal, before cached keys, without queries, without keys, with more queries than keys."""
+    lengths, kv_lengths = (4, 2, 0, 3, 5), (4, 7, 3, 0, 2)
+    cu_q, cu_k = (
+        torch.tensor([0, *torch.tensor(extents).cumsum(0)], dtype=torch.int32) for extents in (lengths, kv_lengths)
+    )
+    total, keys = sum(lengths) + 2, sum(kv_lengths)  # two rows of no sequence
+    inputs = make(total, 6, 8), make(keys, 2, 8, seed=1), make(keys, 2, 8, seed=2)
+    options = {"causal": causal, "sliding_window": window}
+    results = []
+    for dtype, function in (
+        (torch.float32, ops.flash_attention_varlen),
+        (torch.float64, ops.flash_attention_varlen_reference),
+    ):
+        q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
+        out = function(q, k, v, cu_q, cu_k, 5, 7, **options)
+        out = out[0] if isinstance(out, tuple) else out
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+    assert not results[0][0][-2:].any() and not results[0][0][6:9].any()
+
+
 def test_attention_masks():
     q, k, v = make(2, 4, 5, 8), make(2, 2, 5, 8, seed=1), make(2, 2, 5, 8, seed=2)
     keep = torch.ones(2, 1, 5, 5, dtype=torch.bool)

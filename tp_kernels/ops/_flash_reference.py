@@ -150,9 +150,22 @@ def reference_gradients(
 def composition(q: Tensor, k: Tensor, v: Tensor, form: Form, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) by PyTorch's own operations, differentiable; scaled_dot_product_attention where it will do."""
     if form.cu_q is not None:
-        return varlen_reference(q, k, v, form)
+        return varlen_reference(q, k, v, form) if with_lse else (_each_sequence(q, k, v, form), None)
     length, kv_len = q.shape[2], k.shape[2]
-    if with_lse or kv_len == 0 or (form.causal and length > kv_len):  # in rows without keys PyTorch may give NaN
+    if (
+        with_lse or 0 in (length, kv_len) or (form.causal and length > kv_len)
+    ):  # in rows without keys PyTorch may give NaN
         return reference(q, k, v, form.causal, form.window, form.scale)
     window = None if form.window is None or form.window >= kv_len else form.window
     return sdpa_attention(q, k, v, causal=form.causal, sliding_window=window, scale=form.scale), None
+
+
+def _each_sequence(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
+    """The output of packed sequences, each by what would take it alone; no [queries, keys] matrix but PyTorch's own."""
+    q_bounds, k_bounds = _bounds(form.cu_q, q.shape[0], form.max_q), _bounds(form.cu_k, k.shape[0], form.max_k)
+    alone, outs = form._replace(cu_q=None, cu_k=None), []
+    for rows, keys in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
+        out, _ = composition(_head_first(q, *rows), _head_first(k, *keys), _head_first(v, *keys), alone, False)
+        outs.append(out[0].transpose(0, 1))
+    outs.append(q.new_zeros(q.shape[0] - q_bounds[-1], *q.shape[1:]))
+    return torch.cat(outs)
