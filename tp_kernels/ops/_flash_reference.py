@@ -152,9 +152,8 @@ def composition(q: Tensor, k: Tensor, v: Tensor, form: Form, with_lse: bool) -> 
     if form.cu_q is not None:
         return varlen_reference(q, k, v, form) if with_lse else (_each_sequence(q, k, v, form), None)
     length, kv_len = q.shape[2], k.shape[2]
-    if (
-        with_lse or 0 in (length, kv_len) or (form.causal and length > kv_len)
-    ):  # in rows without keys PyTorch may give NaN
+    # In rows without keys PyTorch may give NaN.
+    if with_lse or 0 in (length, kv_len) or (form.causal and length > kv_len):
         return reference(q, k, v, form.causal, form.window, form.scale)
     window = None if form.window is None or form.window >= kv_len else form.window
     return sdpa_attention(q, k, v, causal=form.causal, sliding_window=window, scale=form.scale), None
