@@ -159,10 +159,8 @@ class ParallelDecoderLayer(nn.Module):
         """
         attention, mlp = self.self_attn, self.mlp
         before = x.x if isinstance(x, PartialSum) else x
-        between = behind = "apart"
-        fused = keep_partial or self.fuses_norms(before)
-        if fused:
-            between, behind = attention.o_proj.norm_path(before), mlp.down_proj.norm_path(before)
+        # Who keeps a partial sum has asked ``fuses_norms`` for all layers, which need not be looked through again.
+        between, behind = self._paths(before) if keep_partial else self._norm_paths(before)
         # Of a sum that only the kernel reads next every rank needs no more than its own rows.
         if isinstance(x, PartialSum):
             x, residual = x.add_norm(self.input_layernorm, residual, gather_sum=between != "kernel", shared=True)
@@ -170,7 +168,7 @@ class ParallelDecoderLayer(nn.Module):
             residual, x = x, self.input_layernorm(x)
         else:
             x, residual = self.input_layernorm(x, residual)
-        if not fused:
+        if not keep_partial and between == behind == "apart":
             x = attention(x, positions, cache, sequence_sizes)
             x, residual = self.post_attention_layernorm(x, residual)
             return mlp(x, sequence_sizes), residual
@@ -194,26 +192,35 @@ class ParallelDecoderLayer(nn.Module):
         (hooks, replaced modules). It decides which collectives run: what is put into one rank's block belongs into all
         ranks'.
         """
+        return self._norm_paths(x) != ("apart", "apart")
+
+    def _paths(self, x: torch.Tensor) -> tuple[str, str]:
+        """``norm_path`` of the block's two row-parallel projections."""
+        return self.self_attn.o_proj.norm_path(x), self.mlp.down_proj.norm_path(x)
+
+    def _norm_paths(self, x: torch.Tensor) -> tuple[str, str]:
+        """The same, and "apart" for both where something would see the difference."""
+        apart = ("apart", "apart")
         attention, mlp = self.self_attn, self.mlp
         group = getattr(attention, "group", None)
         if not isinstance(group, TPGroup) or not may_join_norms(group):
-            return False
+            return apart
         if not (is_plain(attention, ParallelAttention) and is_plain(mlp, ParallelMLP)) or mlp.group is not group:
-            return False
+            return apart
         if torch.is_grad_enabled() or watched() or _has_any_global_hook() or autocast_dtype(x) is not None:
-            return False
+            return apart
         dtype, projections = x.dtype, (attention.o_proj, mlp.down_proj)
         if type(x) not in PLAIN_TYPES or x.device.type != group.device_type:
-            return False
+            return apart
         for projection in projections:
             if not is_plain(projection, RowParallelLinear) or projection.input_dtype is not dtype:
-                return False
+                return apart
             if projection.skip_bias_add or type(projection.weight) not in PLAIN_TYPES:
-                return False
+                return apart
         for norm in (self.input_layernorm, self.post_attention_layernorm):
             if not is_plain(norm, RMSNorm) or norm.weight.dtype is not dtype:
-                return False
+                return apart
         # Their operand is a buffer that the next norm overwrites: hooks might keep it.
         if not all(is_plain(module, type(module)) for module in (attention.qkv_proj, mlp.gate_up_proj)):
-            return False
-        return any(projection.norm_path(x) != "apart" for projection in projections)
+            return apart
+        return self._paths(x)
