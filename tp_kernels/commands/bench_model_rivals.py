@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tp_kernels._capture import capture_graph
 from tp_kernels.comm.errors import CommError
 from tp_kernels.commands.bench_model_ours import FullWeights, plain_view
 from tp_kernels.models import ModelConfig, ParallelCausalLM
@@ -79,7 +78,7 @@ def make_rivals(
     if ways is None:
         plain = plain_view(model)
         for how in PlainContender.WAYS:
-            rivals.add_plain("", PlainContender(plain, how, states, capture_graph), how, "")
+            rivals.add_plain("", PlainContender(plain, how, states), how, "")
     else:
         rivals.left_out |= {f"torch {name}": why for name, why in ways.left_out.items()}
         for place, (name, make) in enumerate(ways.sums.items()):
@@ -87,7 +86,7 @@ def make_rivals(
             plain = None if failure else plain_view(model, sums)
             # What a graph of one length would gain is the same for all ways to add.
             for how in PlainContender.WAYS if place == 0 else PlainContender.WAYS[:2]:
-                made = NotMade(failure) if failure else PlainContender(plain, how, states, capture_graph)
+                made = NotMade(failure) if failure else PlainContender(plain, how, states)
                 rivals.add_plain(f"{name} ", made, how, name)
     if transformers:
         rivals.left_out[TRANSFORMERS] = transformers

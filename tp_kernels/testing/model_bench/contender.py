@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tp_kernels._capture import capture_graph
 from tp_kernels.testing.model_bench.plain_model import PlainModel, PlainState
 
 __all__ = ["Contender", "PlainContender", "Turn", "release"]
@@ -66,8 +67,6 @@ class PlainContender:
             have to be captured anew for every token: a bound for what plain PyTorch can reach. On a CPU all run
             eagerly.
         states: caches by (batch, slots), to be shared with contenders that never run at the same time.
-        capture: called as ``capture(step, stream=stream)`` on a GPU; returns the graph, or raises and leaves PyTorch as
-            it was before.
     """
 
     WAYS = ("graph", "eager", "graph one length")
@@ -80,11 +79,10 @@ class PlainContender:
         model: PlainModel,
         how: str = "eager",
         states: dict[tuple[int, int], PlainState] | None = None,
-        capture: Callable[..., Any] | None = None,
     ):
         if how not in self.WAYS:
             raise ValueError(f"how must be one of {', '.join(map(repr, self.WAYS))}, got {how!r}")
-        self._model, self._how, self._capture = model, how, capture
+        self._model, self._how = model, how
         self._states = {} if states is None else states
         self._graphs: list[Any] = []
 
@@ -151,8 +149,6 @@ class PlainContender:
 
         if self._how == "eager" or not state.tokens.is_cuda:
             return step
-        if self._capture is None:
-            raise ValueError(f"how={self._how!r} on a GPU: expected a function for capture=")
         tokens = state.tokens.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -161,7 +157,7 @@ class PlainContender:
                 state.position.fill_(context)
                 step()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = self._capture(step, stream=stream)
+        graph = capture_graph(step, stream=stream)
         state.position.fill_(context)
         state.tokens.copy_(tokens)
         self._graphs.append(graph)
