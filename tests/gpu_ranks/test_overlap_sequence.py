@@ -9,52 +9,16 @@ import torch
 
 from tp_kernels import ops
 from tp_kernels.comm import Handle, TPGroup
+from tp_kernels.testing.late_nccl import ASYNC, integers, late_nccl, spoil
 from tp_kernels.testing.nccl_group import nccl_group
 
 pytestmark = pytest.mark.gpu
 WORLDS = [2, 4]
 
 N, K = 1024, 64
-CYCLES = 20_000_000  # some 10 ms, longer than anything here takes
 TIMEOUT = 90.0
-ASYNC = ("all_gather_async", "reduce_scatter_async")
 
 _groups: dict[str, TPGroup] = {}
-
-
-def late_nccl(group):
-    """A group over NCCL whose asynchronous collectives begin late; kept for the process's next test."""
-    if "late" not in _groups:
-        made = nccl_group(group, timeout=60.0)
-        communicator = made.communicator
-        for name in ASYNC:
-            setattr(communicator, name, _after_a_sleep(communicator, getattr(communicator, name)))
-        _groups["late"] = TPGroup(communicator, ranks=group.ranks, device_type="cuda")
-    return _groups["late"]
-
-
-def _after_a_sleep(communicator, start):
-    def delayed(*args, **options):
-        stream = communicator.comm_stream
-        if torch.cuda.is_current_stream_capturing():
-            stream.wait_stream(torch.cuda.current_stream())  # else the sleep would not be in the graph
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(CYCLES)
-        return start(*args, **options)
-
-    return delayed
-
-
-def integers(*shape, seed, dtype=torch.bfloat16):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-1, 2, shape, generator=generator).to("cuda", dtype)
-
-
-def spoil(*shapes, dtype=torch.bfloat16):
-    """Leave NaN where the allocator will put the next tensors of these shapes, and a busy stream before them."""
-    tensors = [torch.full(shape, torch.nan, device="cuda", dtype=dtype) for shape in shapes for _ in range(4)]
-    torch.cuda._sleep(CYCLES // 4)
-    del tensors
 
 
 def splits(world_size):
