@@ -77,9 +77,7 @@ class FusedLinear(Communicator):
         self._calls.begin("linear_all_reduce", x, timeout, shape=list(shape), eps=eps, **facts)
         if "fused" not in self.overlap_modes:
             raise ValueError("linear_all_reduce: not all ranks have Triton, in which its kernel is written")
-        rows = 1
-        for extent in x.shape[:-1]:
-            rows *= extent
+        rows = x.shape[:-1].numel()
         reason = self.linear_reason(rows, width, x.dtype)
         if reason is not None:
             raise ValueError(f"linear_all_reduce: {reason}")

@@ -148,10 +148,7 @@ def plan_pieces(
 
 def sequences(x: Tensor) -> int:
     """How many sequences ``x`` [..., tokens, K] holds."""
-    batch = 1
-    for extent in x.shape[:-2]:
-        batch *= extent
-    return batch
+    return x.shape[:-2].numel()
 
 
 # Tokens in place -----------------------------------------------------------------------------------------------------
